@@ -1,0 +1,52 @@
+# Two commands do all the set-up on a fresh machine:
+#   make quickstart   install, then text -> tokens -> teacher targets -> students -> table and sample
+#   make test         install, then lint, types, import contract and tests
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+.PHONY: quickstart test test-all lint bench clean
+
+quickstart: $(VENV)/.core
+	$(BIN)/limbeck run recipes/quickstart.yaml
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.bench
+	mkdir -p benchmarks/results
+	for name in loss cache pack; do \
+		$(BIN)/python benchmarks/$$name.py --json > benchmarks/results/$$name.json || exit 1; \
+		cat benchmarks/results/$$name.json; \
+	done
+
+# One virtual environment; each stamp adds an extra to it and is renewed when the dependencies change.
+$(VENV)/.venv:
+	$(PYTHON) -c 'import sys; sys.exit("limbeck needs Python 3.11 or newer") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.core: $(VENV)/.venv pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.venv pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@ $(VENV)/.core
+
+$(VENV)/.bench: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) outputs benchmarks/results

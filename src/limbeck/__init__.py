@@ -1,0 +1,43 @@
+"""limbeck distils large language models into small ones that run anywhere.
+
+The public names are imported on first use, so that `import limbeck` (and with it `limbeck --help`)
+does not pay for torch and transformers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from limbeck.losses.fused import fused_distillation_loss
+    from limbeck.targets.sparse import SparseTargets
+    from limbeck.targets.store import TeacherCache
+    from limbeck.teachers.local import LocalTeacher
+    from limbeck.training.arguments import DistillationArguments
+    from limbeck.training.trainer import DistillationTrainer
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "SparseTargets": "limbeck.targets.sparse",
+    "fused_distillation_loss": "limbeck.losses.fused",
+    "TeacherCache": "limbeck.targets.store",
+    "LocalTeacher": "limbeck.teachers.local",
+    "DistillationArguments": "limbeck.training.arguments",
+    "DistillationTrainer": "limbeck.training.trainer",
+}
+
+__all__ = [
+    "DistillationArguments",
+    "DistillationTrainer",
+    "LocalTeacher",
+    "SparseTargets",
+    "TeacherCache",
+    "fused_distillation_loss",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name the first time it is asked for (PEP 562)."""
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'limbeck' has no attribute {name!r}")

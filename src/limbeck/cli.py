@@ -1,0 +1,188 @@
+"""The `limbeck` command: one table of subcommands, nothing heavy imported until one runs.
+
+    limbeck COMMAND [RECIPE.yaml] [--section.key value …] [--json]
+
+Exit codes: 0 done, 1 failed, 2 bad usage or configuration.
+"""
+
+import contextlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from limbeck.errors import ConfigError, LimbeckError
+
+
+@dataclass(frozen=True)
+class _Subcommand:
+    """A line of the table: the function in `limbeck.commands`, its help, its own switches and spellings."""
+
+    function: str
+    help: str
+    switches: tuple[str, ...] = ()
+    aliases: dict[str, str] = field(default_factory=dict)
+    needs_recipe: bool = False
+
+
+_SUBCOMMANDS: dict[str, _Subcommand] = {
+    "run": _Subcommand(
+        "run",
+        "run every stage of a recipe; what is done already is skipped",
+        ("dry-run",),
+        {"output-dir": "output_dir"},
+        needs_recipe=True,
+    ),
+    "data pack": _Subcommand(
+        "data_pack",
+        "tokenise text and pack it into Parquet rows",
+        ("dry-run", "force", "skip-existing"),
+        {"input": "dataset.name", "output": "dataset.packed_dir", "output-dir": "dataset.packed_dir"},
+    ),
+    "teacher cache": _Subcommand(
+        "teacher_cache",
+        "run the teacher once and keep its top-k targets in HDF5",
+        ("dry-run", "force", "skip-existing"),
+        {"output-dir": "teacher.cache_dir", "batch-size": "teacher.batch_size", "device": "teacher.device"},
+    ),
+    "train": _Subcommand(
+        "train",
+        "train the student, with its teacher or with cross-entropy alone",
+        ("dry-run", "force"),
+        {"output-dir": "training.output_dir"},
+    ),
+    "eval": _Subcommand(
+        "evaluate",
+        "score a model on the held-out rows: perplexity, bits/byte, fidelity",
+        (),
+        {"model": "evaluation.model", "batch-size": "evaluation.batch_size", "max-rows": "evaluation.max_rows"},
+    ),
+    "generate": _Subcommand(
+        "generate",
+        "write a sample of text",
+        (),
+        {
+            "model": "generation.model",
+            "prompt": "generation.prompt",
+            "max-new-tokens": "generation.max_new_tokens",
+            "temperature": "generation.temperature",
+            "top-k": "generation.top_k",
+        },
+    ),
+    "config schema": _Subcommand("config_schema", "print the JSON schema of recipes"),
+    "config show": _Subcommand("config_show", "print the resolved recipe"),
+}
+
+
+def _usage() -> str:
+    width = max(map(len, _SUBCOMMANDS))
+    commands = "\n".join(f"  {name:<{width}}  {sub.help}" for name, sub in _SUBCOMMANDS.items())
+    return (
+        "usage: limbeck COMMAND [RECIPE.yaml] [--section.key value …] [--json]\n\n"
+        "Distil large language models into small ones that run anywhere.\n\n"
+        f"commands:\n{commands}\n\n"
+        "`limbeck COMMAND --help` lists every key. Exit codes: 0 done, 1 failed, 2 bad usage or configuration."
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        sys.stdout.write(_usage() + "\n")
+        return 0 if words else 2
+    if words[0] == "--version":
+        from limbeck import __version__
+
+        sys.stdout.write(f"limbeck {__version__}\n")
+        return 0
+    as_json = "--json" in words
+    try:
+        name, rest = _find_command(words)
+        return _execute(name, [word for word in rest if word != "--json"], as_json)
+    except LimbeckError as error:
+        sys.stderr.write(f"error: {error}\n")
+        if as_json:
+            sys.stdout.write(json.dumps({"error": str(error), "exit_code": error.exit_code}) + "\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; run the same command again to continue\n")
+        return 130
+
+
+def _find_command(words: list[str]) -> tuple[str, list[str]]:
+    for length in (2, 1):
+        name = " ".join(words[:length])
+        if name in _SUBCOMMANDS:
+            return name, words[length:]
+    from difflib import get_close_matches
+
+    near = get_close_matches(" ".join(words[:2]), _SUBCOMMANDS, n=1) or get_close_matches(words[0], _SUBCOMMANDS, n=1)
+    near = near or [name for name in _SUBCOMMANDS if name.startswith(words[0] + " ")]
+    hint = f"; did you mean `limbeck {near[0]}`?" if near else ""
+    raise ConfigError(f"unknown command {words[0]!r}{hint} `limbeck --help` lists them.")
+
+
+def _execute(name: str, words: list[str], as_json: bool) -> int:
+    sub = _SUBCOMMANDS[name]
+    from limbeck.recipe import ALIASES, load_recipe, parse_flags
+
+    if "--help" in words or "-h" in words:
+        from limbeck.commands import key_help
+
+        switches = "".join(f" [--{switch}]" for switch in sub.switches)
+        title = f"usage: limbeck {name} [RECIPE.yaml] [--config RECIPE.yaml]{switches} [--json] [--key value …]"
+        sys.stdout.write(f"{title}\n\n{sub.help}\n\nkeys:\n{key_help({**ALIASES, **sub.aliases})}\n")
+        return 0
+    path, switches_given, flags = _split(name, sub, words)
+    overrides = parse_flags(flags, sub.aliases, f"limbeck {name}")
+    if sub.needs_recipe and path is None:
+        raise ConfigError(f"limbeck {name} needs a recipe: `limbeck {name} recipes/quickstart.yaml`.")
+    recipe = load_recipe(path, overrides)
+    from limbeck import commands
+    from limbeck.console import set_up_logging
+
+    set_up_logging()
+    _quieten_libraries()
+    function: commands.Command = getattr(commands, sub.function)
+    with contextlib.redirect_stdout(sys.stderr):  # stdout carries the result alone
+        result = function(recipe, commands.Options(**switches_given))
+    commands.print_result(result, as_json)
+    return 0
+
+
+def _split(name: str, sub: _Subcommand, words: list[str]) -> tuple[Path | None, dict[str, Any], list[str]]:
+    """The recipe's path, the switches and the flags among a command's words."""
+    path: Path | None = None
+    switches: dict[str, Any] = {}
+    flags: list[str] = []
+    remaining = list(words)
+    if remaining and not remaining[0].startswith("-"):
+        path = Path(remaining.pop(0))
+    while remaining:
+        word = remaining.pop(0)
+        if word == "--config" or word.startswith("--config="):
+            if path is not None:
+                raise ConfigError(f"limbeck {name}: the recipe is given twice ({path} and --config).")
+            value = word.partition("=")[2] or (remaining.pop(0) if remaining else "")
+            path = Path(value)
+        elif word.removeprefix("--").replace("_", "-") in sub.switches:
+            switches[word.removeprefix("--").replace("-", "_")] = True
+        elif word == "--pretrain-ce-only":
+            flags += ["--training.mode", "ce"]
+        else:
+            flags.append(word)
+    return path, switches, flags
+
+
+def _quieten_libraries() -> None:
+    """Only limbeck's own messages and real warnings reach the user."""
+    import os
+    import warnings
+
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)

@@ -1,0 +1,156 @@
+"""What each command does once its words are parsed; imported when a command runs, not for `--help`."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from limbeck.config import Recipe
+from limbeck.pipeline import RunReport, plan, run_pipeline
+from limbeck.recipe import keys
+
+
+@dataclass(frozen=True)
+class Options:
+    """The switches of a command that are no recipe keys."""
+
+    dry_run: bool = False
+    force: bool = False
+    skip_existing: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """A command's answer: a JSON-serialisable value, and how a person reads it."""
+
+    data: Any
+    text: str
+
+
+def run(recipe: Recipe, options: Options) -> Result:
+    """Run every stage of a recipe."""
+    return _pipeline(recipe, None, options)
+
+
+def data_pack(recipe: Recipe, options: Options) -> Result:
+    """Tokenise and pack the dataset."""
+    return _pipeline(recipe, "pack", options)
+
+
+def teacher_cache(recipe: Recipe, options: Options) -> Result:
+    """Cache the teacher's targets (packing the data first if needed)."""
+    return _pipeline(_for_caching(recipe), "cache", options)
+
+
+def train(recipe: Recipe, options: Options) -> Result:
+    """Train the student (making what it needs first)."""
+    return _pipeline(recipe, "train", options)
+
+
+def _for_caching(recipe: Recipe) -> Recipe:
+    """`teacher cache` makes a cache whatever the recipe trains with."""
+    return recipe.model_copy(
+        update={
+            "teacher": recipe.teacher.model_copy(update={"use_cached_logits": True}),
+            "training": recipe.training.model_copy(update={"mode": "distill"}),
+        }
+    )
+
+
+def _pipeline(recipe: Recipe, last: str | None, options: Options) -> Result:
+    if options.dry_run:
+        stages = plan(recipe, last)
+        text = "\n".join(f"{stage.name:<10} {stage.state}" for stage in stages)
+        return Result({"stages": [{"name": s.name, "state": s.state} for s in stages]}, text)
+    report = run_pipeline(recipe, last, force=options.force, keep_existing=options.skip_existing)
+    data: dict[str, Any] = {"stages": [asdict(stage) for stage in report.stages]}
+    if report.evaluation:
+        data["evaluation"] = report.evaluation
+    if report.sample is not None:
+        data["sample"] = report.sample
+    folder = {"pack": recipe.packed_dir, "cache": recipe.cache_dir, "train": recipe.student_dir}.get(last or "")
+    if folder is not None:
+        data["output"] = str(folder)
+    return Result(data, _report_text(report, folder or recipe.root))
+
+
+def _report_text(report: RunReport, folder: Path) -> str:
+    parts = ["  ".join(f"{stage.name} {stage.state} {stage.seconds:.1f}s" for stage in report.stages)]
+    if report.evaluation:
+        parts.append(_table_text(report.evaluation))
+    if report.sample is not None:
+        parts.append(f"sample:\n{report.sample}")
+    parts.append(f"results in {folder}")
+    return "\n\n".join(parts)
+
+
+def _table_text(results: dict[str, dict[str, Any]]) -> str:
+    from limbeck.evaluation.fidelity import table
+
+    rows = table(results)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def evaluate(recipe: Recipe, options: Options) -> Result:
+    """Score a model on the held-out rows."""
+    from limbeck.evaluation.run import evaluate_recipe
+    from limbeck.training.run import student_folder
+
+    folder = recipe.evaluation.model or student_folder(recipe.student_dir)
+    results = evaluate_recipe(recipe, {"student": str(folder)})
+    return Result(results, _table_text(results))
+
+
+def generate(recipe: Recipe, options: Options) -> Result:
+    """Write a sample with a model."""
+    from limbeck.evaluation.generate import generate as write
+    from limbeck.training.run import student_folder
+
+    folder = recipe.generation.model or student_folder(recipe.student_dir)
+    text = write(recipe, str(folder))
+    return Result({"model": str(folder), "prompt": recipe.generation.prompt, "text": text}, text)
+
+
+def config_schema(recipe: Recipe, options: Options) -> Result:
+    """The JSON schema of recipes."""
+    schema = Recipe.model_json_schema()
+    return Result(schema, json.dumps(schema, indent=2))
+
+
+def config_show(recipe: Recipe, options: Options) -> Result:
+    """The resolved recipe."""
+    data = json.loads(recipe.model_dump_json())
+    return Result(data, yaml.safe_dump(data, sort_keys=False).rstrip())
+
+
+Command = Callable[[Recipe, Options], Result]
+
+
+def key_help(aliases: dict[str, str]) -> str:
+    """Every key with its default, meaning and other spellings."""
+    lines = []
+    for key, field in keys():
+        default = field.get_default(call_default_factory=True)
+        names = [f"--{alias}" for alias, target in aliases.items() if target == key]
+        also = f" (also {', '.join(names)})" if names else ""
+        shown = "" if default is None or str(default) == "PydanticUndefined" else f" [{default}]"
+        lines.append(f"  --{key}{shown}{also}\n      {field.description}")
+    return "\n".join(lines)
+
+
+def print_result(result: Result, as_json: bool) -> None:
+    """Write a result to stdout: one JSON document, or text."""
+    text = json.dumps(result.data, indent=2) if as_json else result.text
+    sys.stdout.write(text + "\n")

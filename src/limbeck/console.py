@@ -1,0 +1,73 @@
+"""What the user sees while work runs: one progress bar on a terminal, plain lines elsewhere.
+
+Everything here goes to stderr; stdout carries a command's result alone (`--json` prints one document).
+"""
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+logger = logging.getLogger("limbeck")
+
+
+class Progress(Protocol):
+    """A bar that moves: `advance(n)` units of the total given when it was made."""
+
+    def advance(self, amount: float = 1) -> None:
+        """Move the bar by `amount` units."""
+
+
+class _Quiet:
+    def advance(self, amount: float = 1) -> None:
+        """Show nothing: the place to show it is not a terminal."""
+
+
+class _Bar:
+    def __init__(self, bar: Any, task: Any) -> None:
+        self._bar, self._task = bar, task
+
+    def advance(self, amount: float = 1) -> None:
+        self._bar.advance(self._task, amount)
+
+
+@contextmanager
+def progress(label: str, total: float | None) -> Iterator[Progress]:
+    """A rich progress bar on stderr when it is a terminal, nothing otherwise."""
+    if not sys.stderr.isatty():
+        yield _Quiet()
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.progress import Progress as RichProgress
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with RichProgress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        yield _Bar(bar, bar.add_task(label, total=total))
+
+
+def say(message: str) -> None:
+    """Tell the user one thing about the work in hand (stderr)."""
+    logger.info(message)
+
+
+def warn(message: str) -> None:
+    """Tell the user something that deserves attention but does not stop the work (stderr)."""
+    logger.warning("WARNING: %s", message)
+
+
+def set_up_logging() -> None:
+    """Send limbeck's own messages to stderr, bare, and quieten the libraries below it."""
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False

@@ -1,0 +1,214 @@
+"""Documents to rows of exactly `max_length` tokens, in Parquet.
+
+The one idea: a row is a cut of the concatenated documents of its split, so the place where a row starts,
+(document number, token offset), is all the state there is. It is written beside each finished shard; a
+killed run drops its unfinished shard, goes back to that place and produces the same bytes.
+
+Rows hold `input_ids` and `doc_ids` (fixed-size lists of int32). A document ends with the tokenizer's
+end-of-text id; the last row of a split is filled with it, its `doc_ids` there being -1.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from limbeck.config import DatasetConfig
+from limbeck.console import progress, say
+from limbeck.data.sources import Document, Source, held_out, open_source
+from limbeck.data.tokenize import tokenize_documents
+from limbeck.data.tokenizer import LoadedTokenizer
+from limbeck.errors import LimbeckError
+from limbeck.storage import StageFolder, commit_file, read_json, sha256_file, write_json, write_manifest
+
+SPLITS = ("train", "validation")
+_PROGRESS = ".progress.json"
+
+
+@dataclass
+class _Split:
+    """Tokens of one split on their way to shards."""
+
+    name: str
+    shards: list[dict[str, Any]] = field(default_factory=list)
+    document: int = 0  # the first row that is not in a shard starts in this document,
+    offset: int = 0  # at this token of it
+    pending: int = 0
+    segments: deque[tuple[int, int, np.ndarray]] = field(default_factory=deque)  # document, offset, ids
+
+    def add(self, number: int, ids: np.ndarray) -> None:
+        """Append a document; of the one a continued run starts in, only what no shard holds yet."""
+        offset = self.offset if number == self.document and not self.segments else 0
+        if len(ids) > offset:
+            self.segments.append((number, offset, ids[offset:]))
+            self.pending += len(ids) - offset
+
+    def take(self, rows: int, length: int, filler: int) -> tuple[np.ndarray, np.ndarray]:
+        """Cut `rows` rows off the front; `filler` fills up a last, shorter row."""
+        tokens = np.full(rows * length, filler, dtype=np.int32)
+        owners = np.full(rows * length, -1, dtype=np.int32)
+        place = 0
+        while place < len(tokens) and self.segments:
+            number, offset, ids = self.segments.popleft()
+            used = min(len(ids), len(tokens) - place)
+            tokens[place : place + used], owners[place : place + used] = ids[:used], number
+            place += used
+            self.document, self.offset = number + 1, 0
+            if used < len(ids):
+                self.segments.appendleft((number, offset + used, ids[used:]))
+        if self.segments:
+            self.document, self.offset, _ = self.segments[0]
+        self.pending -= place
+        return tokens.reshape(rows, length), owners.reshape(rows, length)
+
+
+def pack_inputs(config: DatasetConfig, source: Source, tokenizer: LoadedTokenizer) -> dict[str, Any]:
+    """Everything the packed rows depend on; its hash is their fingerprint."""
+    return {
+        "source": source.identity(),
+        "text_column": config.text_column,
+        "max_samples": config.max_samples,
+        "max_length": config.max_length,
+        "validation_fraction": config.validation_fraction,
+        "rows_per_shard": config.rows_per_shard,
+        "tokenizer": tokenizer.hash,
+    }
+
+
+def pack(config: DatasetConfig, tokenizer: LoadedTokenizer, folder: Path, *, force: bool = False) -> dict[str, Any]:
+    """Tokenise and pack a dataset into `folder`; returns the manifest.
+
+    A complete folder made from the same inputs is returned as it is; an unfinished one is continued.
+
+    Raises:
+        LimbeckError: the source has no text, or the folder was made from other inputs and `force` is not set.
+    """
+    source = open_source(config)
+    stage = StageFolder(folder, "data pack", pack_inputs(config, source, tokenizer))
+    if force:
+        stage.clear()
+    if stage.is_done():
+        return dict(read_json(folder / "manifest.json"))
+    _refuse_empty(source, config)
+    stage.begin()
+    started = time.perf_counter()
+    splits = _resume(folder)
+    total_documents = _pack_all(config, source, tokenizer, folder, splits)
+    manifest = _manifest(config, tokenizer, stage, splits, total_documents)
+    if not manifest["splits"]["train"]["rows"]:
+        stage.clear()
+        raise LimbeckError(f"dataset {config.name!r} gave no training rows; it has {total_documents} documents.")
+    (folder / _PROGRESS).unlink(missing_ok=True)
+    write_manifest(folder, manifest)
+    tokens = sum(split["tokens"] for split in manifest["splits"].values())
+    seconds = time.perf_counter() - started
+    say(f"packed {total_documents} documents, {tokens:,} tokens in {seconds:.1f} s ({tokens / seconds:,.0f} tokens/s)")
+    return manifest
+
+
+def _refuse_empty(source: Source, config: DatasetConfig) -> None:
+    """Fail on a bad first document (wrong column, no text) before anything is written."""
+    if next(iter(source.documents()), None) is None:
+        raise LimbeckError(f"dataset {config.name!r} holds no documents.")
+
+
+def _resume(folder: Path) -> dict[str, _Split]:
+    splits = {name: _Split(name) for name in SPLITS}
+    path = folder / _PROGRESS
+    if path.exists():
+        for name, state in read_json(path).items():
+            split = splits[name]
+            split.shards, split.document, split.offset = state["shards"], state["document"], state["offset"]
+        finished = sum(len(split.shards) for split in splits.values())
+        say(f"continuing after {finished} finished shards in {folder}")
+    return splits
+
+
+def _pack_all(
+    config: DatasetConfig,
+    source: Source,
+    tokenizer: LoadedTokenizer,
+    folder: Path,
+    splits: dict[str, _Split],
+) -> int:
+    """Feed every document to its split; returns the number of documents of the source."""
+    count = 0
+
+    def wanted() -> Iterator[tuple[int, str, Document]]:
+        nonlocal count
+        for number, document in enumerate(source.documents()):
+            if config.max_samples is not None and number >= config.max_samples:
+                return
+            count = number + 1
+            name = "validation" if held_out(document.key, config.validation_fraction) else "train"
+            if document.text and number >= splits[name].document:
+                yield number, name, document
+
+    with progress("packing documents", config.max_samples) as bar:
+        for number, name, ids in tokenize_documents(wanted(), tokenizer, config.num_proc):
+            split = splits[name]
+            split.add(number, ids)
+            while split.pending >= config.rows_per_shard * config.max_length:
+                rows = split.take(config.rows_per_shard, config.max_length, tokenizer.eos_id)
+                _write_shard(folder, splits, name, *rows)
+            bar.advance()
+    for name, split in splits.items():
+        if split.pending:
+            last = -(-split.pending // config.max_length)
+            _write_shard(folder, splits, name, *split.take(last, config.max_length, tokenizer.eos_id))
+    return count
+
+
+def _write_shard(folder: Path, splits: dict[str, _Split], name: str, tokens: np.ndarray, owners: np.ndarray) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    split = splits[name]
+    file = f"{name}-{len(split.shards):05d}.parquet"
+    columns = [pa.FixedSizeListArray.from_arrays(pa.array(a.ravel()), tokens.shape[1]) for a in (tokens, owners)]
+    temporary = folder / f".{file}.tmp"
+    pq.write_table(
+        pa.table(columns, names=["input_ids", "doc_ids"]), temporary, compression="snappy", row_group_size=64
+    )
+    commit_file(temporary, folder / file)
+    split.shards.append(
+        {
+            "file": file,
+            "rows": len(tokens),
+            "tokens": int(np.count_nonzero(owners >= 0)),
+            "sha256": sha256_file(folder / file),
+        }
+    )
+    state = {
+        key: {"shards": value.shards, "document": value.document, "offset": value.offset}
+        for key, value in splits.items()
+    }
+    write_json(folder / _PROGRESS, state)
+
+
+def _manifest(
+    config: DatasetConfig,
+    tokenizer: LoadedTokenizer,
+    stage: StageFolder,
+    splits: dict[str, _Split],
+    documents: int,
+) -> dict[str, Any]:
+    return {
+        "kind": "packed",
+        "fingerprint": stage.fingerprint,
+        "documents": documents,
+        "max_length": config.max_length,
+        "tokenizer": {"name": tokenizer.name, "hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size},
+        "splits": {
+            name: {
+                "rows": sum(shard["rows"] for shard in split.shards),
+                "tokens": sum(shard["tokens"] for shard in split.shards),
+                "shards": split.shards,
+            }
+            for name, split in splits.items()
+        },
+    }

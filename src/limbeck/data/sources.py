@@ -1,0 +1,218 @@
+"""Where text comes from: the standard library, files and folders, Hugging Face datasets.
+
+The one idea: a source is an ordered, repeatable stream of `Document(key, text)`, and a content identity
+that changes when the text does. The key (a relative path, a line, a row number) names the document for good:
+the training/validation split hashes it, so the same document is held out in every run.
+
+Add a source with one class here and one line in `open_source`.
+"""
+
+import hashlib
+import json
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from limbeck.config import DatasetConfig
+from limbeck.errors import LimbeckError
+from limbeck.storage import fingerprint, sha256_file_cached
+
+SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
+#: Folders of the standard library that are not library code, or that not every Python ships.
+_STDLIB_SKIP = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "idlelib",
+    "lib2to3",
+    "turtledemo",
+    "__pycache__",
+}
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text and the name it keeps."""
+
+    key: str
+    text: str
+
+
+class Source(Protocol):
+    """An ordered, repeatable stream of documents."""
+
+    def identity(self) -> dict[str, Any]:
+        """What the content is, JSON-serialisable; changes when the text does."""
+
+    def documents(self) -> Iterator[Document]:
+        """All documents, in the same order at each call."""
+
+
+class FileSource:
+    """Text files, JSON lines and Parquet, one document a file, line or row."""
+
+    def __init__(self, files: list[tuple[str, Path]], text_column: str) -> None:
+        self._files, self._column = files, text_column
+
+    def identity(self) -> dict[str, Any]:
+        """Relative names and content hashes of the files."""
+        return {"files": fingerprint([[name, sha256_file_cached(path)] for name, path in self._files])}
+
+    def documents(self) -> Iterator[Document]:
+        """Documents in the order of the file names, then of the lines or rows."""
+        for name, path in self._files:
+            if path.suffix == ".jsonl":
+                yield from self._json_lines(name, path)
+            elif path.suffix == ".parquet":
+                yield from self._parquet(name, path)
+            else:
+                yield Document(name, _read_text(path))
+
+    def _json_lines(self, name: str, path: Path) -> Iterator[Document]:
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            for number, line in enumerate(lines):
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise LimbeckError(f"{path} line {number + 1} is not JSON ({error}). Mend or remove it.") from None
+                if not isinstance(record, dict) or not isinstance(record.get(self._column), str):
+                    found = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
+                    raise LimbeckError(
+                        f"{path} line {number + 1} has no text under {self._column!r} (it has: {found}). "
+                        "Set dataset.text_column to the key that holds the text."
+                    )
+                yield Document(f"{name}:{number}", record[self._column])
+
+    def _parquet(self, name: str, path: Path) -> Iterator[Document]:
+        import pyarrow.parquet as pq
+
+        table = pq.ParquetFile(path)
+        columns = table.schema_arrow.names
+        if self._column not in columns:
+            raise LimbeckError(
+                f"{path} has no column {self._column!r} (it has: {', '.join(columns)}). "
+                "Set dataset.text_column to the column that holds the text."
+            )
+        number = 0
+        for batch in table.iter_batches(batch_size=256, columns=[self._column]):
+            for text in batch.column(0).to_pylist():
+                if text is not None:
+                    yield Document(f"{name}:{number}", str(text))
+                number += 1
+
+
+class HubSource:
+    """A Hugging Face dataset, from the hub or from a local folder in one of its formats."""
+
+    def __init__(self, config: DatasetConfig) -> None:
+        self._config = config
+
+    def identity(self) -> dict[str, Any]:
+        """Name, configuration, split and the commit (hub) or the files' hashes (local folder)."""
+        config = self._config
+        folder = Path(config.name)
+        if folder.is_dir():
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            content = fingerprint([[str(p.relative_to(folder)), sha256_file_cached(p)] for p in files])
+        else:
+            from huggingface_hub import HfApi
+            from huggingface_hub.errors import HfHubHTTPError
+
+            try:
+                content = str(HfApi().dataset_info(config.name, revision=config.revision).sha)
+            except (HfHubHTTPError, OSError) as error:
+                raise LimbeckError(
+                    f"dataset {config.name!r} is neither a file or folder here nor reachable on the hub "
+                    f"({type(error).__name__}). Check dataset.name and the network."
+                ) from None
+        return {"name": config.name, "config": config.config_name, "split": config.split, "content": content}
+
+    def documents(self) -> Iterator[Document]:
+        """Rows of the split, keyed by their number."""
+        import datasets
+
+        config = self._config
+        try:
+            rows = datasets.load_dataset(
+                config.name,
+                config.config_name,
+                split=config.split,
+                streaming=config.streaming,
+                revision=config.revision,
+            )
+        except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+            raise LimbeckError(f"dataset {config.name!r} could not be opened: {error}") from error
+        for number, row in enumerate(rows):
+            if config.text_column not in row:
+                raise LimbeckError(
+                    f"dataset {config.name!r} has no column {config.text_column!r} (it has: {', '.join(row)}). "
+                    "Set dataset.text_column to the column that holds the text."
+                )
+            if row[config.text_column] is not None:
+                yield Document(str(number), str(row[config.text_column]))
+
+
+def stdlib_source() -> FileSource:
+    """The Python standard library's own modules, without its tests."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = [
+        (str(path.relative_to(root)), path)
+        for path in sorted(root.rglob("*.py"))
+        if not _STDLIB_SKIP & set(path.relative_to(root).parts[:-1])
+    ]
+    if not files:
+        raise LimbeckError(
+            f"no standard library sources under {root}: this Python ships without them. "
+            "Set dataset.name to a folder of text."
+        )
+    return FileSource([(name, path) for name, path in files if not name.startswith("config-")], "text")
+
+
+def open_source(config: DatasetConfig) -> Source:
+    """The source that `dataset.name` means.
+
+    Raises:
+        LimbeckError: a folder without readable files, or a file of a kind that is not read.
+    """
+    if config.name == "stdlib":
+        return stdlib_source()
+    path = Path(config.name)
+    if path.is_file():
+        if path.suffix not in SUFFIXES:
+            raise LimbeckError(f"{path} is not one of {', '.join(SUFFIXES)}. Convert it or name another file.")
+        return FileSource([(path.name, path)], config.text_column)
+    if path.is_dir() and not _is_hub_folder(config, path):
+        found = path.rglob("*") if config.recursive else path.glob("*")
+        files = sorted(p for p in found if p.is_file() and p.suffix in SUFFIXES)
+        if not files:
+            hint = (
+                "" if config.recursive else " Its subfolders were not searched: add --recursive if the text is there."
+            )
+            raise LimbeckError(f"no {', '.join(SUFFIXES)} files found in {path}.{hint}")
+        return FileSource([(str(p.relative_to(path)), p) for p in files], config.text_column)
+    if path.is_absolute() or config.name.startswith(("./", "../")):
+        raise LimbeckError(f"dataset.name is {config.name}, which does not exist.")
+    return HubSource(config)
+
+
+def _is_hub_folder(config: DatasetConfig, path: Path) -> bool:
+    """A local dataset repository: it has a dataset card, or the recipe asks for a configuration of it."""
+    return config.config_name is not None or (
+        (path / "README.md").is_file() and "configs:" in _read_text(path / "README.md")
+    )
+
+
+def _read_text(path: Path) -> str:
+    return path.read_bytes().decode("utf-8", errors="replace")
+
+
+def held_out(key: str, fraction: float) -> bool:
+    """True when the document belongs to the validation split: a hash of its key, the same everywhere."""
+    digest = hashlib.sha256(key.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64

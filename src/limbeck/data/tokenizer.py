@@ -1,0 +1,146 @@
+"""Loading a tokenizer, training one, and the hash that says two of them are the same.
+
+The one idea: a tokenizer is the text of its `tokenizers` JSON plus its special ids; equal hash means equal
+ids for every text, so teacher, cache, packed data and student are compared by that hash alone.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from limbeck.config import Recipe
+from limbeck.data.sources import held_out, open_source
+from limbeck.errors import ConfigError, LimbeckError, MismatchError
+from limbeck.models import resolve_model
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class LoadedTokenizer:
+    """A tokenizer as the pipeline uses it."""
+
+    name: str
+    hf: Any
+    eos_id: int
+
+    @property
+    def json(self) -> str:
+        """The `tokenizers` JSON, without truncation or padding."""
+        return str(self.hf.backend_tokenizer.to_str())
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the JSON and the end-of-text id."""
+        return hashlib.sha256(f"{self.eos_id}\n{self.json}".encode()).hexdigest()
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, added tokens included."""
+        return len(self.hf)
+
+    def byte_lengths(self) -> np.ndarray:
+        """UTF-8 bytes that each id stands for, `[V]` int64; special tokens stand for none.
+
+        Exact for byte-level and byte-fallback vocabularies, where every token is a fixed string of bytes.
+        """
+        import json
+
+        decoder = json.loads(self.json).get("decoder") or {}
+        byte_level = "ByteLevel" in json.dumps(decoder)
+        special = set(self.hf.all_special_ids)
+        lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        for token, index in self.hf.get_vocab().items():
+            if index in special:
+                continue
+            if byte_level:  # one printable character stands for one byte
+                lengths[index] = len(token)
+            elif token.startswith("<0x") and token.endswith(">"):
+                lengths[index] = 1
+            else:
+                lengths[index] = len(token.replace("▁", " ").encode())
+        return lengths
+
+
+def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> LoadedTokenizer:
+    """Load a tokenizer from a folder or the hub.
+
+    Raises:
+        LimbeckError: it cannot be found, has no fast (`tokenizers`) form, or has no end-of-text token.
+    """
+    from transformers import AutoTokenizer
+
+    path = resolve_model(name)
+    try:
+        hf = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise LimbeckError(f"tokenizer {name!r} could not be loaded: {error}") from error
+    if not hf.is_fast:
+        raise LimbeckError(f"tokenizer {name!r} has no tokenizer.json; convert it to a fast tokenizer first.")
+    if hf.eos_token_id is None:
+        raise LimbeckError(f"tokenizer {name!r} has no end-of-text token; set eos_token in its tokenizer_config.json.")
+    hf.backend_tokenizer.no_truncation()
+    hf.backend_tokenizer.no_padding()
+    return LoadedTokenizer(name=name, hf=hf, eos_id=int(hf.eos_token_id))
+
+
+def recipe_tokenizer(recipe: Recipe) -> LoadedTokenizer:
+    """The tokenizer a recipe means: named, trained in this run, or else the teacher's or the student's."""
+    if recipe.tokenizer.train_vocab_size is not None:
+        return load_tokenizer(str(recipe.root / "tokenizer"))
+    for name, part in (
+        (recipe.tokenizer.name, recipe.tokenizer),
+        (recipe.teacher.model, recipe.teacher),
+        (recipe.student.model, recipe.student),
+    ):
+        if name is not None:
+            remote_code = getattr(part, "trust_remote_code", False)
+            return load_tokenizer(name, part.revision, remote_code)
+    raise ConfigError(
+        "no tokenizer: tokenizer.name, tokenizer.train_vocab_size, teacher.model and student.model are all unset. "
+        "Set one of them."
+    )
+
+
+def require_same(first: str, second: str, first_name: str, second_name: str) -> None:
+    """Refuse two tokenizers whose hashes differ."""
+    if first != second:
+        raise MismatchError(
+            f"{first_name} was made with tokenizer {first[:12]} and {second_name} with tokenizer {second[:12]}. "
+            "Targets are ids of one vocabulary: use the same tokenizer for both, or make one of them again."
+        )
+
+
+def train_tokenizer(recipe: Recipe, folder: Path) -> LoadedTokenizer:
+    """Train a byte-level BPE (GPT-2's pre-tokenisation) on the training documents and save it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    size = recipe.tokenizer.train_vocab_size
+    assert size is not None
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_training_texts(recipe), trainer)
+    hf = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+    )
+    hf.save_pretrained(folder)
+    return load_tokenizer(str(folder))
+
+
+def _training_texts(recipe: Recipe) -> Iterator[str]:
+    for document in islice(open_source(recipe.dataset).documents(), recipe.dataset.max_samples):
+        if not held_out(document.key, recipe.dataset.validation_fraction):
+            yield document.text

@@ -1,0 +1,188 @@
+"""Perplexity and fidelity in one pass over held-out rows.
+
+The one idea: every score is a sum over the positions that carry loss, divided once at the end, so batch
+size and row order do not matter. Against a teacher in this process the KL is over the whole vocabulary;
+against a cache it is that of the (K+1)-partition, a lower bound.
+
+    bits/byte = Σ nats / ln 2 / Σ bytes of the predicted tokens
+
+Shapes: B rows, T positions, N scored positions, V vocabulary.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from limbeck.console import progress
+from limbeck.data.dataset import IGNORE, PackedDataset, PackedRows
+from limbeck.models import LogitTransform, head_replaced
+
+_CHUNK_BYTES = 8 << 20
+_TOTALS = 8  # CE, bytes, tokens, seconds, KL, top-1 matches, teacher mass, student mass
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Held-out scores of one model; the last four are None without a teacher.
+
+    Attributes:
+        loss: cross-entropy in nats per token.
+        perplexity: exp(loss).
+        bits_per_byte: cross-entropy in bits per byte of text.
+        tokens: positions scored.
+        tokens_per_second: this model's forward passes and log-probabilities alone.
+        kl_to_teacher: KL(teacher ‖ model) in nats per token, whole vocabulary, temperature 1.
+        top1_agreement: share of positions where both prefer the same id.
+        teacher_mass, student_mass: probability the two give to the teacher's `top_k` likeliest ids.
+    """
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    tokens_per_second: float
+    kl_to_teacher: float | None = None
+    top1_agreement: float | None = None
+    teacher_mass: float | None = None
+    student_mass: float | None = None
+
+
+@torch.no_grad()
+def evaluate(
+    model: Any,
+    rows: PackedDataset,
+    byte_lengths: np.ndarray,
+    *,
+    teacher: Any = None,
+    top_k: int = 64,
+    attention: str = "per_document",
+    batch_size: int = 8,
+    label: str = "evaluating",
+) -> Scores:
+    """Score `model` on held-out rows, against the causal LM `teacher` if there is one."""
+    model.eval()
+    count = len(rows)
+    lengths = torch.from_numpy(byte_lengths)
+    totals = torch.zeros(_TOTALS, dtype=torch.float64)
+    with progress(label, count) as bar:
+        for start in range(0, count, batch_size):
+            batch = rows.rows(range(start, min(start + batch_size, count)))
+            totals += _score_batch(model, teacher, batch, lengths, top_k, attention)
+            bar.advance(len(batch.input_ids))
+    ce, size, tokens, seconds, kl, matches, teacher_mass, student_mass = totals.tolist()
+    loss = ce / tokens
+    scores = {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": ce / math.log(2.0) / size,
+        "tokens": int(tokens),
+        "tokens_per_second": tokens / seconds,
+    }
+    if teacher is not None:
+        scores |= {
+            "kl_to_teacher": max(kl / tokens, 0.0),
+            "top1_agreement": matches / tokens,
+            "teacher_mass": teacher_mass / tokens,
+            "student_mass": student_mass / tokens,
+        }
+    return Scores(**scores)
+
+
+def _score_batch(
+    model: Any, teacher: Any, rows: PackedRows, lengths: torch.Tensor, top_k: int, attention: str
+) -> torch.Tensor:
+    labels = rows.labels.reshape(-1)
+    valid = (labels != IGNORE).nonzero().squeeze(-1)
+    labels = labels[valid]
+    totals = torch.zeros(_TOTALS, dtype=torch.float64)
+    clock = time.perf_counter()
+    hidden, head = _hidden(model, rows, attention)
+    totals[3] += time.perf_counter() - clock
+    other = None
+    if teacher is not None:
+        other = (hidden, head) if teacher is model else _hidden(teacher, rows, attention)
+    step = max(1, _CHUNK_BYTES // (4 * head.vocab_size))
+    for start in range(0, len(valid), step):
+        part = valid[start : start + step]
+        clock = time.perf_counter()
+        log_q = head.log_probs(hidden, part)
+        totals[3] += time.perf_counter() - clock
+        target = labels[start : start + step]
+        totals[0] += float(-log_q.gather(1, target.to(log_q.device)[:, None]).sum(dtype=torch.float64))
+        totals[1] += float(lengths[target].sum())
+        totals[2] += len(part)
+        if other is not None:
+            log_p = log_q if other[0] is hidden else other[1].log_probs(other[0], part).to(log_q.device)
+            totals[4:] += _fidelity(log_p, log_q, top_k)
+    return totals
+
+
+def _fidelity(log_p: torch.Tensor, log_q: torch.Tensor, top_k: int) -> torch.Tensor:
+    """[4]: KL(p ‖ q), top-1 matches, and the two masses on p's likeliest ids, summed over positions."""
+    width = max(log_p.shape[1], log_q.shape[1])
+    log_p, log_q = (
+        torch.nn.functional.pad(x, (0, width - x.shape[1]), value=-math.inf) for x in (log_p, log_q)
+    )  # padded vocabularies: probability 0 on the narrower side
+    p = log_p.exp()
+    kl = torch.where(p > 0.0, p * (log_p - log_q.clamp_min(-80.0)), 0.0).sum(dtype=torch.float64)
+    matches = (log_p.argmax(dim=-1) == log_q.argmax(dim=-1)).sum()
+    support = log_p.topk(min(top_k, width), dim=-1).indices
+    masses = [x.gather(1, support).exp().sum(dtype=torch.float64) for x in (log_p, log_q)]
+    return torch.tensor([float(kl), float(matches), *map(float, masses)], dtype=torch.float64)
+
+
+class _Head:
+    """Turns chosen hidden states into log-probabilities, a few positions at a time."""
+
+    def __init__(self, model: Any) -> None:
+        self._head = model.get_output_embeddings()
+        self._transform = LogitTransform.of(model.config.get_text_config())
+        self.vocab_size = int(self._head.weight.shape[0])
+
+    def log_probs(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities [n, V] in float32 at the given flat positions."""
+        chosen = hidden[positions.to(hidden.device)]
+        logits = torch.nn.functional.linear(chosen, self._head.weight, self._head.bias)
+        return torch.log_softmax(self._transform(logits.float()), dim=-1)
+
+
+def _hidden(model: Any, rows: PackedRows, attention: str) -> tuple[torch.Tensor, _Head]:
+    """Last hidden states, flattened to [B·T, D]."""
+    seen: list[torch.Tensor] = []
+
+    def keep(hidden: torch.Tensor) -> torch.Tensor:
+        seen.append(hidden.reshape(-1, hidden.shape[-1]))
+        return hidden[..., :1]
+
+    device = next(model.parameters()).device
+    with head_replaced(model.get_output_embeddings(), keep):
+        model(**rows.to(device).model_inputs(attention), use_cache=False)
+    return seen[0], _Head(model)
+
+
+def table(results: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """Rows of the comparison table, header first, from `{model: scores as a dict}`."""
+    body = [
+        [name.replace("_", " "), *(_cell(scores.get(key), form) for key, _, form in COLUMNS)]
+        for name, scores in results.items()
+    ]
+    return [["model", *(title for _, title, _ in COLUMNS)], *body]
+
+
+#: Key of `Scores`, column title, format.
+COLUMNS = (
+    ("loss", "loss", ".4f"),
+    ("perplexity", "perplexity", ".2f"),
+    ("bits_per_byte", "bits/byte", ".4f"),
+    ("kl_to_teacher", "KL to teacher", ".4f"),
+    ("top1_agreement", "top-1 agreement", ".1%"),
+    ("tokens_per_second", "tokens/s", ",.0f"),
+)
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)

@@ -1,0 +1,69 @@
+"""Evaluate a recipe's models: the student, the CE baseline and the teacher, on the same held-out rows."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from limbeck.config import Recipe
+from limbeck.data.dataset import PackedDataset
+from limbeck.data.tokenizer import LoadedTokenizer, load_tokenizer, recipe_tokenizer, require_same
+from limbeck.errors import LimbeckError
+from limbeck.evaluation.fidelity import evaluate, table
+from limbeck.models import choose_dtype, load_causal_lm
+from limbeck.storage import atomic_write_text
+from limbeck.teachers.choose import default_device
+
+
+def evaluate_recipe(recipe: Recipe, models: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Scores of each named model folder, and of the teacher first when the recipe names one.
+
+    Raises:
+        LimbeckError: no held-out rows, or a model with another tokenizer than the data's.
+    """
+    rows = PackedDataset(recipe.packed_dir, "validation", recipe.evaluation.max_rows)
+    if not len(rows):
+        raise LimbeckError(
+            f"{recipe.packed_dir} has no held-out rows. Raise dataset.validation_fraction and pack again."
+        )
+    tokenizer = recipe_tokenizer(recipe)
+    rows.check(tokenizer)
+    teacher = None
+    results: dict[str, dict[str, Any]] = {}
+    if recipe.teacher.model is not None:
+        teacher = _load(recipe, recipe.teacher.model, tokenizer, recipe.teacher.dtype)
+        results["teacher"] = _scores(recipe, "teacher", teacher, rows, tokenizer, teacher)
+    for name, folder in models.items():
+        model = _load(recipe, folder, tokenizer, "auto")
+        results[name] = _scores(recipe, name, model, rows, tokenizer, teacher)
+    return results
+
+
+def _load(recipe: Recipe, name: str, tokenizer: LoadedTokenizer, dtype: str) -> Any:
+    require_same(load_tokenizer(name).hash, tokenizer.hash, f"model {name}", f"data {recipe.packed_dir}")
+    device = recipe.training.device or default_device()
+    return load_causal_lm(name, dtype=choose_dtype(dtype, device)).to(device)
+
+
+def _scores(
+    recipe: Recipe, name: str, model: Any, rows: PackedDataset, tokenizer: LoadedTokenizer, teacher: Any
+) -> dict[str, Any]:
+    scores = evaluate(
+        model,
+        rows,
+        tokenizer.byte_lengths(),
+        teacher=teacher,
+        top_k=recipe.teacher.top_k or 64,
+        attention=recipe.dataset.attention,
+        batch_size=recipe.evaluation.batch_size,
+        label=f"evaluating {name}",
+    )
+    return asdict(scores)
+
+
+def write_results(folder: Path, results: dict[str, dict[str, Any]]) -> None:
+    """Save `results.json` and the table as `results.md`."""
+    atomic_write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
+    header, *body = table(results)
+    lines = [header, ["---"] * len(header), *body]
+    atomic_write_text(folder / "results.md", "".join("| " + " | ".join(line) + " |\n" for line in lines))

@@ -1,0 +1,1 @@
+"""Losses on sparse targets: divergences on a partition, and the fused linear + loss."""

@@ -1,0 +1,231 @@
+"""One block of logits in, its loss out, and the block turned into its own gradient.
+
+The one idea: everything that needs the whole vocabulary happens here, on a few megabytes that stay in
+cache. The support's exponentials are taken out of the block before it is summed, so the tail's mass is a
+sum of positive numbers and never 1 − Σ: exact in float32 however small it is.
+
+Shapes: n positions of the block, V vocabulary, K support.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from limbeck.errors import ConfigError
+from limbeck.losses.divergences import DivergenceFn, value_and_gradient
+from limbeck.targets.sparse import SparseTargets
+
+Tensor = torch.Tensor
+_LOG_FLOOR = math.log(1e-7)  # tails below one float32 rounding of 1 are all "nothing left"
+
+
+@dataclass(frozen=True)
+class BlockSettings:
+    """The loss, as chosen once for all blocks."""
+
+    alpha: float
+    temperature: float
+    divergence: DivergenceFn
+    divergence_name: str
+    tail: str
+    scale: float
+    softcap: float | None
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.alpha <= 1.0:
+            raise ConfigError(f"alpha is {self.alpha}; it must lie between 0 and 1")
+        if self.temperature <= 0.0:
+            raise ConfigError(f"temperature is {self.temperature}; it must be positive")
+        if self.tail not in ("bucket", "renormalise", "ignore"):
+            raise ConfigError(f"unknown tail policy {self.tail!r}; choose bucket, renormalise or ignore")
+
+
+@dataclass
+class Sums:
+    """Sums over the positions seen so far, in float64."""
+
+    loss: Tensor
+    ce: Tensor
+    divergence: Tensor
+    teacher_mass: Tensor
+    student_mass: Tensor
+    matches: Tensor
+
+    @classmethod
+    def zeros(cls, device: torch.device) -> "Sums":
+        """All sums 0."""
+        return cls(*(torch.zeros((), dtype=torch.float64, device=device) for _ in range(6)))
+
+    def add(self, other: "Sums") -> None:
+        """Add a block's sums."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+    def details(self) -> Tensor:
+        """[5]: CE, divergence, teacher mass, student mass, top-1 matches."""
+        return torch.stack([self.ce, self.divergence, self.teacher_mass, self.student_mass, self.matches])
+
+
+@dataclass(frozen=True)
+class _Teacher:
+    """The teacher's side of one block: `[n, K]` ids, `[n, K+1]` log-masses (last: tail) and their mask."""
+
+    ids: Tensor
+    log_p: Tensor
+    mask: Tensor
+    top1: Tensor
+    weights: Tensor | None
+
+
+class BlockLoss:
+    """Loss and gradient of any block of the valid positions."""
+
+    def __init__(self, settings: BlockSettings, labels: Tensor, targets: SparseTargets | None) -> None:
+        self.settings, self.labels, self.targets = settings, labels, targets
+        if targets is not None:
+            self._log_p, self._log_tail = targets.at_temperature(settings.temperature)
+            if targets.weights is not None and settings.divergence_name != "forward_kl":
+                raise ConfigError(
+                    f"sampled targets estimate the forward KL and loss.divergence is {settings.divergence_name}. "
+                    "Use forward_kl, or targets without sampling."
+                )
+
+    def scratch(self, rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Room for the second set of exponentials, needed when CE and D have different temperatures."""
+        s = self.settings
+        needed = self.targets is not None and s.temperature != 1.0
+        return torch.empty((rows, vocab_size) if needed else (0, 0), dtype=dtype, device=device)
+
+    def __call__(self, z: Tensor, start: int, scratch: Tensor, *, gradient: bool) -> Sums:
+        """Sums of the block of logits `z` [n, V] at position `start`; `z` becomes ∂(Σ loss)/∂logits."""
+        s = self.settings
+        labels = self.labels[start : start + len(z)].unsqueeze(-1)
+        capped = self._transform(z) if gradient else self._transform(z, keep=False)
+        top, best = z.max(dim=-1, keepdim=True)
+        z -= top
+        z_label = z.gather(1, labels)
+        sums = Sums.zeros(z.device)
+        if self.targets is None:
+            total = z.exp_().sum(dim=-1, keepdim=True)
+            ce = total.log() - z_label
+            sums.ce = sums.loss = ce.sum(dtype=torch.float64)
+            if gradient:
+                z /= total
+                z.scatter_add_(1, labels, torch.full_like(z_label, -1.0))
+        else:
+            teacher = self._teacher(start, len(z))
+            sums = self._distil(z, labels, z_label, teacher, scratch[: len(z)], gradient)
+            sums.matches = (best.squeeze(-1) == teacher.top1).sum(dtype=torch.float64)
+        if gradient:
+            if capped is not None:
+                z *= capped
+            if s.scale != 1.0:
+                z *= s.scale
+        return sums
+
+    def _transform(self, z: Tensor, keep: bool = True) -> Tensor | None:
+        """Scale and soft-cap in place; returns the cap's derivative [n, V] when there is one."""
+        s = self.settings
+        if s.scale != 1.0:
+            z *= s.scale
+        if s.softcap is None:
+            return None
+        z /= s.softcap
+        z.tanh_()
+        derivative = 1.0 - z * z if keep else None
+        z *= s.softcap
+        return derivative
+
+    def _teacher(self, start: int, count: int) -> _Teacher:
+        assert self.targets is not None
+        part = self.targets[slice(start, start + count)]
+        log_p, log_tail = self._log_p[start : start + count], self._log_tail[start : start + count]
+        valid = part.valid
+        ids = torch.where(valid, part.token_ids, part.token_ids[:, :1]).long()  # unused places repeat the first id
+        top1 = ids.gather(1, torch.where(valid, log_p, -math.inf).argmax(dim=-1, keepdim=True)).squeeze(-1)
+        if self.settings.tail == "renormalise":
+            log_p = torch.log_softmax(torch.where(valid, log_p, -math.inf), dim=-1)
+        has_tail = self.settings.tail == "bucket" and part.weights is None
+        mask = torch.cat([valid, torch.full_like(valid[:, :1], has_tail)], dim=-1)
+        log_p = torch.cat([log_p, log_tail.clamp_min(_LOG_FLOOR).unsqueeze(-1)], dim=-1)
+        return _Teacher(ids=ids, log_p=log_p, mask=mask, top1=top1, weights=part.weights)
+
+    def _distil(
+        self, z: Tensor, labels: Tensor, z_label: Tensor, teacher: _Teacher, scratch: Tensor, gradient: bool
+    ) -> Sums:
+        """CE and divergence of shifted logits `z` (row maximum 0); `z` becomes the gradient."""
+        s = self.settings
+        tau = s.temperature
+        valid = teacher.mask[:, :-1]
+        z_support = z.gather(1, teacher.ids)
+        shared = tau == 1.0
+        soft = z if shared else torch.mul(z, 1.0 / tau, out=scratch)
+        soft.exp_()
+        e_support = torch.where(valid, (z_support / tau).exp(), 0.0)
+        soft.scatter_(1, teacher.ids, torch.zeros_like(e_support))
+        tail_sum = soft.sum(dim=-1, keepdim=True)
+        total = tail_sum + e_support.sum(dim=-1, keepdim=True)
+        hard_total = total if shared else z.exp_().sum(dim=-1, keepdim=True)
+        log_q = torch.where(valid, z_support / tau, 0.0) - total.log()
+        log_tail = tail_sum.log() - total.log()
+        value, g = self._divergence(teacher, log_q, log_tail)
+        ce = hard_total.log() - z_label
+        q = e_support / total
+        sums = Sums.zeros(z.device)
+        sums.ce = ce.sum(dtype=torch.float64)
+        sums.divergence = value.sum(dtype=torch.float64)
+        sums.loss = (1.0 - s.alpha) * sums.ce + s.alpha * tau * tau * sums.divergence
+        sums.teacher_mass = torch.where(valid, teacher.log_p[:, :-1].exp(), 0.0).sum(dtype=torch.float64)
+        sums.student_mass = q.sum(dtype=torch.float64)
+        if gradient:
+            self._gradient(z, soft, labels, teacher.ids, (q, tail_sum, total, hard_total), g)
+        return sums
+
+    def _divergence(self, teacher: _Teacher, log_q: Tensor, log_tail: Tensor) -> tuple[Tensor, Tensor]:
+        """Divergence [n] and ∂D/∂log q of the buckets [n, K+1], q normalised over the vocabulary."""
+        s = self.settings
+        valid = teacher.mask[:, :-1]
+        floored = log_tail.clamp_min(_LOG_FLOOR)
+        if s.tail == "renormalise":
+            on_support = torch.log_softmax(torch.where(valid, log_q, -math.inf), dim=-1)
+            buckets = torch.cat([on_support, floored], dim=-1)
+            value, g = value_and_gradient(s.divergence, teacher.log_p, buckets, teacher.mask)
+            # through the softmax over the support: Σ over it is 0, so the whole vocabulary's q drops out
+            g = g - torch.where(teacher.mask, buckets.exp(), 0.0) * g.sum(dim=-1, keepdim=True)
+            return value, g
+        buckets = torch.cat([log_q, floored], dim=-1)
+        if teacher.weights is not None:  # Σ w (log p − log q): unbiased for the forward KL, as E[w] = p
+            w = torch.where(valid, teacher.weights, 0.0)
+            value = (w * torch.where(valid, teacher.log_p[:, :-1] - log_q, 0.0)).sum(dim=-1)
+            return value, torch.cat([-w, torch.zeros_like(log_tail)], dim=-1)
+        value, g = value_and_gradient(s.divergence, teacher.log_p, buckets, teacher.mask)
+        g[:, -1:] = torch.where(log_tail < _LOG_FLOOR, 0.0, g[:, -1:])  # a floored tail does not move
+        return value, g
+
+    def _gradient(
+        self,
+        z: Tensor,
+        soft: Tensor,
+        labels: Tensor,
+        ids: Tensor,
+        parts: tuple[Tensor, Tensor, Tensor, Tensor],
+        g: Tensor,
+    ) -> None:
+        """Write ∂(Σ loss)/∂z into `z`; `soft` holds the tempered exponentials with the support at 0."""
+        s = self.settings
+        q, tail_sum, total, hard_total = parts
+        w = s.alpha * s.temperature  # α τ² · (1/τ)
+        ce_weight = 1.0 - s.alpha
+        g_sum = g.sum(dim=-1, keepdim=True)
+        # off the support: q_j (g_tail / q_tail − G), q_j / q_tail = e_j / tail_sum
+        off = w * (g[:, -1:] / tail_sum.clamp_min(torch.finfo(z.dtype).tiny) - g_sum / total)
+        on = w * (g[:, :-1] - q * g_sum)
+        if soft is z:
+            z *= ce_weight / hard_total + off
+            on = on + ce_weight * q
+        else:
+            z *= ce_weight / hard_total
+            z.addcmul_(soft, off)
+        z.scatter_add_(1, ids, on)
+        z.scatter_add_(1, labels, torch.full_like(labels, -ce_weight, dtype=z.dtype))

@@ -1,0 +1,101 @@
+"""Divergences between a teacher and a student on a partition of the vocabulary.
+
+The one idea: the support's ids and, as one bucket, everything else form a partition; a divergence is one
+function of the two lists of log-masses. Its gradient with respect to the student's log-masses is taken by
+autograd on these few numbers, so adding a divergence is adding a function and a line in `DIVERGENCES`.
+
+Shapes: N positions, K+1 buckets (the last is the tail). Buckets the teacher does not have hold -inf in both.
+Every function is safe for -inf: x log x is 0 at 0.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from limbeck.errors import ConfigError
+
+Tensor = torch.Tensor
+#: (log_p [N, K+1], log_q [N, K+1], mask [N, K+1]) -> divergence in nats [N]
+DivergenceFn = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _sum(values: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, values, 0.0).sum(dim=-1)
+
+
+def _clean(log_mass: Tensor, mask: Tensor) -> Tensor:
+    """-inf replaced by 0 outside the mask, so that no gradient is 0 · inf."""
+    return torch.where(mask, log_mass, 0.0)
+
+
+def forward_kl(log_p: Tensor, log_q: Tensor, mask: Tensor) -> Tensor:
+    """KL(p ‖ q) = Σ p (log p − log q)."""
+    p_mask = mask & (log_p > -math.inf)
+    p = _clean(log_p, p_mask)
+    return _sum(p.exp() * (p - _clean(log_q, p_mask)), p_mask)
+
+
+def reverse_kl(log_p: Tensor, log_q: Tensor, mask: Tensor) -> Tensor:
+    """KL(q ‖ p) = Σ q (log q − log p); where p is 0 a floor keeps it finite."""
+    q = _clean(log_q, mask)
+    return _sum(q.exp() * (q - _clean(log_p, mask).clamp_min(_FLOOR)), mask)
+
+
+def jsd(beta: float) -> DivergenceFn:
+    """Generalised Jensen–Shannon: β KL(p ‖ m) + (1−β) KL(q ‖ m), m = βp + (1−β)q (arXiv 2306.13649, eq. 1)."""
+
+    def divergence(log_p: Tensor, log_q: Tensor, mask: Tensor) -> Tensor:
+        p, q = _clean(log_p, mask).clamp_min(_FLOOR), _clean(log_q, mask)
+        m = torch.logaddexp(p + math.log(beta), q + math.log1p(-beta))
+        return _sum(beta * p.exp() * (p - m) + (1.0 - beta) * q.exp() * (q - m), mask)
+
+    return divergence
+
+
+def skewed_kl(skew: float) -> DivergenceFn:
+    """KL(p ‖ λp + (1−λ)q), the skewed KL of DistiLLM (arXiv 2402.03898, eq. 3)."""
+
+    def divergence(log_p: Tensor, log_q: Tensor, mask: Tensor) -> Tensor:
+        p, q = _clean(log_p, mask).clamp_min(_FLOOR), _clean(log_q, mask)
+        m = torch.logaddexp(p + math.log(skew), q + math.log1p(-skew))
+        return _sum(p.exp() * (p - m), mask)
+
+    return divergence
+
+
+def tvd(log_p: Tensor, log_q: Tensor, mask: Tensor) -> Tensor:
+    """Total variation: ½ Σ |p − q|."""
+    return 0.5 * _sum((_clean(log_p, mask).exp() - _clean(log_q, mask).exp()).abs(), mask)
+
+
+_FLOOR = -80.0  # exp(-80) is 1e-35: far below any mass that matters, and a normal float32
+
+#: Name in the recipe -> builder from (jsd_beta, skew).
+DIVERGENCES: dict[str, Callable[[float, float], DivergenceFn]] = {
+    "forward_kl": lambda beta, skew: forward_kl,
+    "reverse_kl": lambda beta, skew: reverse_kl,
+    "jsd": lambda beta, skew: jsd(beta),
+    "skewed_kl": lambda beta, skew: skewed_kl(skew),
+    "tvd": lambda beta, skew: tvd,
+}
+
+
+def get_divergence(name: str, jsd_beta: float = 0.5, skew: float = 0.1) -> DivergenceFn:
+    """The divergence of that name.
+
+    Raises:
+        ConfigError: no divergence has that name; lists those there are.
+    """
+    if name not in DIVERGENCES:
+        raise ConfigError(f"unknown divergence {name!r}; choose one of {', '.join(DIVERGENCES)}.")
+    return DIVERGENCES[name](jsd_beta, skew)
+
+
+def value_and_gradient(divergence: DivergenceFn, log_p: Tensor, log_q: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The divergence `[N]` and its gradient with respect to `log_q` `[N, K+1]`."""
+    with torch.enable_grad():
+        log_q = log_q.detach().requires_grad_()
+        value = divergence(log_p, log_q, mask)
+        (gradient,) = torch.autograd.grad(value.sum(), log_q)
+    return value.detach(), torch.where(mask, gradient, 0.0)

@@ -1,0 +1,202 @@
+"""Names of models: a folder, a hub id, or the one in the package; and the hash of their weights.
+
+The one idea: everything that loads a model goes through here, so that safetensors-only, no remote code
+and the meaning of `tiny-python` are decided once.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from limbeck.config import StudentConfig
+from limbeck.errors import ConfigError, LimbeckError
+from limbeck.storage import fingerprint, sha256_file_cached
+
+#: Models shipped in the package, by name.
+SHIPPED = {"tiny-python": Path(__file__).parent / "assets" / "tiny-python"}
+
+
+def resolve_model(name: str) -> str:
+    """The path or hub id that `name` stands for."""
+    return str(SHIPPED[name]) if name in SHIPPED else name
+
+
+def model_identity(name: str, revision: str | None = None) -> dict[str, str]:
+    """What a model is: the hash of its config and weights (folder), or its commit (hub).
+
+    Where it lies is no part of it: the same weights on another machine are the same model.
+    """
+    folder = Path(resolve_model(name))
+    if folder.is_dir():
+        files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("config.json"))
+        if not any(path.suffix == ".safetensors" for path in files):
+            raise LimbeckError(f"{folder} holds no .safetensors weights. Convert the checkpoint to safetensors first.")
+        return {"weights": fingerprint([[p.name, sha256_file_cached(p)] for p in files])}
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return {"weights": str(HfApi().model_info(name, revision=revision).sha)}
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise LimbeckError(
+            f"model {name!r} is neither a folder here nor reachable on the hub ({type(error).__name__}). "
+            "Check the name and the network."
+        ) from None
+
+
+def load_causal_lm(
+    name: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    dtype: str = "auto",
+    **changes: Any,
+) -> Any:
+    """Load a causal LM from safetensors; `changes` are keys of its config to override.
+
+    Raises:
+        LimbeckError: the model is missing, is no causal LM, or has no safetensors weights.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            resolve_model(name),
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            dtype=dtype,
+            use_safetensors=True,
+            **changes,
+        )
+    except (OSError, ValueError) as error:
+        raise LimbeckError(f"model {name!r} could not be loaded: {error}") from error
+
+
+def bfloat16_is_fast(device: str) -> bool:
+    """True when `device` multiplies bfloat16 matrices in hardware."""
+    import torch
+
+    if device.startswith("cpu"):
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def choose_dtype(wanted: str, device: str) -> str:
+    """The dtype to load a frozen model in: `auto` avoids bfloat16 where it would be emulated."""
+    return "float32" if wanted == "auto" and not bfloat16_is_fast(device) else wanted
+
+
+def build_student(config: StudentConfig, vocab_size: int, seed: int, special_ids: dict[str, int]) -> Any:
+    """The student in float32: pretrained weights, or a new model of `student.config`.
+
+    A new model takes the tokenizer's size when `vocab_size` is not given and its special ids.
+
+    Raises:
+        ConfigError: neither weights nor an architecture are named, or the vocabulary is smaller than the tokenizer's.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+
+    set_seed(seed)
+    if config.model is not None:
+        student = load_causal_lm(
+            config.model,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            dtype="float32",
+            **config.config,
+        )
+    elif config.config:
+        keys = {"vocab_size": vocab_size, **special_ids, **config.config}
+        try:
+            student = AutoModelForCausalLM.from_config(AutoConfig.for_model(**keys))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"student.config does not describe a causal LM: {error}") from error
+    else:
+        raise ConfigError("no student: set student.model to pretrained weights or student.config to an architecture.")
+    if student.config.vocab_size < vocab_size:
+        raise ConfigError(
+            f"the student's vocab_size is {student.config.vocab_size} and the tokenizer has {vocab_size} ids. "
+            "Raise student.config.vocab_size to at least that."
+        )
+    return student
+
+
+def embedded_vocab_size(model: Any) -> int:
+    """Width of the model's logits."""
+    return int(model.get_output_embeddings().weight.shape[0])
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a model does to its head's output."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> "LogitTransform":
+        """Read the transform from a transformers config (Gemma, Granite, Cohere, Falcon-H1 spellings)."""
+        scale = 1.0
+        if getattr(config, "logits_scaling", None):
+            scale /= float(config.logits_scaling)
+        for key in ("logit_scale", "lm_head_multiplier"):
+            if getattr(config, key, None):
+                scale *= float(getattr(config, key))
+        return cls(scale, getattr(config, "final_logit_softcapping", None))
+
+    def __call__(self, logits: Any) -> Any:
+        """Apply it to plain logits."""
+        logits = logits if self.scale == 1.0 else logits * self.scale
+        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+
+
+@contextmanager
+def head_replaced(head: Any, forward: Callable[[Any], Any]) -> Iterator[None]:
+    """Let the output embedding compute `forward(hidden)` instead of logits while the context lasts."""
+    head.forward = forward
+    try:
+        yield
+    finally:
+        del head.forward
+
+
+def keeps_documents_apart(model: Any) -> bool:
+    """True when block-causal attention follows from restarting `position_ids`.
+
+    Asked of the model itself: two short documents share a row, and the second must give the logits it gives
+    alone. Linear-attention models carry their state across the border and fail this.
+    """
+    import torch
+
+    device = next(model.parameters()).device
+    vocab = model.get_input_embeddings().weight.shape[0]
+    first, second = 5, 6
+    ids = (torch.arange(first + second, device=device) * 7 + 3) % vocab
+    positions = torch.cat([torch.arange(first), torch.arange(second)]).to(device)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            together = model(input_ids=ids[None], position_ids=positions[None], use_cache=False).logits[0, first:]
+            alone = model(input_ids=ids[None, first:], use_cache=False).logits[0]
+    except (ValueError, RuntimeError, NotImplementedError):
+        return False  # a kernel that refuses packed rows says the same thing
+    finally:
+        model.train(training)
+    return bool(torch.allclose(together.float(), alone.float(), rtol=2e-2, atol=2e-2))
+
+
+def require_packing(model: Any, role: str) -> None:
+    """Refuse `attention: per_document` for a model that cannot do it.
+
+    Raises:
+        ConfigError: says which model, and what to choose instead.
+    """
+    if not keeps_documents_apart(model):
+        raise ConfigError(
+            f"dataset.attention is per_document and the {role} ({type(model).__name__}) does not keep the documents "
+            "of a packed row apart. Set dataset.attention: packed, or choose a model with ordinary attention."
+        )

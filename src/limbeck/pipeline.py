@@ -1,0 +1,314 @@
+"""`limbeck run`: the stages of a recipe as nodes, each with a fingerprint of what it is made from.
+
+The one idea: a node is a folder and a hash of its inputs, which hold the hashes of the nodes before it. A
+folder that is complete with the same hash is found done; one with another hash is moved to `previous/`
+(and moved back when the recipe goes back); everything else is made, or continued where it was killed.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from limbeck.config import Recipe
+from limbeck.console import say
+from limbeck.data.pack import pack, pack_inputs
+from limbeck.data.sources import open_source
+from limbeck.data.tokenizer import recipe_tokenizer, train_tokenizer
+from limbeck.errors import ConfigError, LimbeckError
+from limbeck.models import model_identity
+from limbeck.storage import (
+    INPUTS,
+    MANIFEST,
+    StageFolder,
+    atomic_write_text,
+    folder_lock,
+    read_json,
+    read_manifest,
+    write_manifest,
+)
+
+
+@dataclass(frozen=True)
+class Node:
+    """One stage of the run.
+
+    Attributes:
+        name: as printed and in `--json`.
+        folder: what it writes.
+        inputs: computes what it is made from; called once the nodes before it are done.
+        make: makes or continues it.
+        after: names of the nodes it reads.
+        explicit: the user named the folder, so it is never moved aside.
+    """
+
+    name: str
+    folder: Path
+    inputs: Callable[[], dict[str, Any]]
+    make: Callable[[StageFolder], object]
+    after: tuple[str, ...] = ()
+    explicit: bool = False
+
+    def stage(self) -> StageFolder:
+        """The node's folder with its inputs."""
+        return StageFolder(self.folder, _COMMANDS.get(self.name, "run"), self.inputs())
+
+
+_COMMANDS = {"pack": "data pack", "cache": "teacher cache", "train": "train"}
+
+
+@dataclass
+class StageReport:
+    """What became of one node."""
+
+    name: str
+    state: str
+    seconds: float
+
+
+@dataclass
+class RunReport:
+    """What `limbeck run` did."""
+
+    stages: list[StageReport] = field(default_factory=list)
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    sample: str | None = None
+
+
+def build_nodes(recipe: Recipe) -> list[Node]:
+    """The nodes that the recipe asks for, in order."""
+    nodes = _data_nodes(recipe)
+    packed: tuple[str, ...] = ("pack",)
+    if recipe.distils and recipe.teacher.use_cached_logits:
+        nodes.append(_cache_node(recipe))
+        packed = ("pack", "cache")
+    nodes.append(_train_node(recipe, "train", recipe.student_dir, packed))
+    students = {"student_kd" if recipe.distils else "student_ce": recipe.student_dir}
+    if recipe.pipeline.ce_baseline and recipe.distils:
+        baseline = recipe.model_copy(update={"training": recipe.training.model_copy(update={"mode": "ce"})})
+        students["student_ce"] = recipe.root / "student-ce"
+        nodes.append(_train_node(baseline, "train_ce", students["student_ce"], ("pack",)))
+    trained = tuple(node.name for node in nodes if node.name.startswith("train"))
+    nodes.append(_evaluate_node(recipe, students, ("pack", *trained)))
+    if recipe.pipeline.generate:
+        nodes.append(_generate_node(recipe))
+    return nodes
+
+
+def _data_nodes(recipe: Recipe) -> list[Node]:
+    nodes = []
+    if recipe.tokenizer.train_vocab_size is not None:
+
+        def tokenizer_inputs() -> dict[str, Any]:
+            dataset = recipe.dataset
+            return {
+                "source": open_source(dataset).identity(),
+                "vocab_size": recipe.tokenizer.train_vocab_size,
+                "text_column": dataset.text_column,
+                "max_samples": dataset.max_samples,
+                "validation_fraction": dataset.validation_fraction,
+            }
+
+        def make_tokenizer(stage: StageFolder) -> None:
+            stage.begin()
+            trained = train_tokenizer(recipe, stage.path)
+            write_manifest(stage.path, {"kind": "tokenizer", "fingerprint": stage.fingerprint, "hash": trained.hash})
+
+        nodes.append(Node("tokenizer", recipe.root / "tokenizer", tokenizer_inputs, make_tokenizer))
+    nodes.append(
+        Node(
+            "pack",
+            recipe.packed_dir,
+            lambda: pack_inputs(recipe.dataset, open_source(recipe.dataset), recipe_tokenizer(recipe)),
+            lambda stage: pack(recipe.dataset, recipe_tokenizer(recipe), stage.path),
+            after=tuple(node.name for node in nodes),
+            explicit=recipe.dataset.packed_dir is not None,
+        )
+    )
+    return nodes
+
+
+def _cache_node(recipe: Recipe) -> Node:
+    def inputs() -> dict[str, Any]:
+        from limbeck.teachers.build_cache import cache_inputs
+
+        path = recipe.cache_dir / INPUTS
+        if recipe.teacher.model is None and path.exists():  # a cache brought from elsewhere, without its teacher
+            return dict(read_json(path)["inputs"])
+        return cache_inputs(recipe)
+
+    def make(stage: StageFolder) -> None:
+        from limbeck.teachers.build_cache import build_cache
+
+        build_cache(recipe, stage.path)
+
+    return Node("cache", recipe.cache_dir, inputs, make, ("pack",), recipe.teacher.cache_dir is not None)
+
+
+def _train_node(recipe: Recipe, name: str, folder: Path, after: tuple[str, ...]) -> Node:
+    def inputs() -> dict[str, Any]:
+        from limbeck.training.run import train_inputs, training_rows
+
+        return train_inputs(recipe, training_rows(recipe))
+
+    def make(stage: StageFolder) -> None:
+        from limbeck.training.run import train
+
+        train(recipe, stage.path)
+
+    # A changed mode with resume_from goes on in the same folder, by the user's own word.
+    kept = recipe.training.output_dir is not None or recipe.training.resume_from is not None
+    return Node(name, folder, inputs, make, after, explicit=kept)
+
+
+def _evaluate_node(recipe: Recipe, students: dict[str, Path], after: tuple[str, ...]) -> Node:
+    def inputs() -> dict[str, Any]:
+        teacher = recipe.teacher.model
+        return {
+            "packed": read_manifest(recipe.packed_dir, "data pack")["fingerprint"],
+            "students": {name: read_manifest(folder, "train")["weights"] for name, folder in students.items()},
+            "teacher": model_identity(teacher, recipe.teacher.revision) if teacher else None,
+            "attention": recipe.dataset.attention,
+            "max_rows": recipe.evaluation.max_rows,
+            "top_k": recipe.teacher.top_k,
+        }
+
+    def make(stage: StageFolder) -> None:
+        from limbeck.evaluation.run import evaluate_recipe, write_results
+
+        stage.begin()
+        results = evaluate_recipe(recipe, {name: str(folder / "final") for name, folder in students.items()})
+        write_results(stage.path, results)
+        write_manifest(stage.path, {"kind": "evaluation", "fingerprint": stage.fingerprint})
+
+    return Node("evaluate", recipe.root / "evaluation", inputs, make, after)
+
+
+def _generate_node(recipe: Recipe) -> Node:
+    def inputs() -> dict[str, Any]:
+        return {
+            "student": read_manifest(recipe.student_dir, "train")["weights"],
+            "generation": recipe.generation.model_dump(mode="json"),
+        }
+
+    def make(stage: StageFolder) -> None:
+        from limbeck.evaluation.generate import generate
+
+        stage.begin()
+        atomic_write_text(stage.path / "sample.txt", generate(recipe, str(recipe.student_dir / "final")))
+        write_manifest(stage.path, {"kind": "sample", "fingerprint": stage.fingerprint})
+
+    return Node("generate", recipe.root / "sample", inputs, make, ("train",))
+
+
+def select(nodes: Sequence[Node], last: str | None) -> list[Node]:
+    """The nodes that `last` needs, itself included; all of them when it is None.
+
+    Raises:
+        ConfigError: the recipe has no such stage.
+    """
+    if last is None:
+        return list(nodes)
+    by_name = {node.name: node for node in nodes}
+    if last not in by_name:
+        raise ConfigError(f"this recipe has no {last} stage (it has {', '.join(by_name)}).")
+    wanted: set[str] = set()
+    queue = [last]
+    while queue:
+        name = queue.pop()
+        wanted.add(name)
+        queue.extend(by_name[name].after)
+    return [node for node in nodes if node.name in wanted]
+
+
+def plan(recipe: Recipe, last: str | None = None) -> list[StageReport]:
+    """What `run_pipeline` would do, without doing anything: `done` or `to run` a stage."""
+    pending: set[str] = set()
+    reports = []
+    for node in select(build_nodes(recipe), last):
+        to_run = bool(pending & set(node.after)) or not (node.stage().is_done() or _previous(recipe, node).is_done())
+        if to_run:
+            pending.add(node.name)
+        reports.append(StageReport(node.name, "to run" if to_run else "done", 0.0))
+    return reports
+
+
+def run_pipeline(
+    recipe: Recipe, last: str | None = None, *, force: bool = False, keep_existing: bool = False
+) -> RunReport:
+    """Run the recipe's stages up to `last`, skipping what is done.
+
+    Args:
+        recipe: the resolved recipe.
+        last: the last stage wanted; None runs them all.
+        force: make the stage `last` again even if its folder is done or was made from other inputs.
+        keep_existing: leave the folder of `last` as it is when it is complete, whatever it was made from.
+    """
+    report = RunReport()
+    nodes = select(build_nodes(recipe), last)
+    with folder_lock(recipe.root):
+        for node in nodes:
+            started = time.perf_counter()
+            if keep_existing and node.name == last and (node.folder / MANIFEST).exists():
+                say(f"{node.name}: {node.folder} exists and is kept as it is")
+                state = "skipped"
+            else:
+                state = _run_node(recipe, node, force=force and node.name == last)
+            report.stages.append(StageReport(node.name, state, round(time.perf_counter() - started, 2)))
+    for node in nodes:
+        if node.name == "evaluate":
+            report.evaluation = read_json(node.folder / "results.json")
+        if node.name == "generate":
+            report.sample = (node.folder / "sample.txt").read_text(encoding="utf-8")
+    return report
+
+
+def _run_node(recipe: Recipe, node: Node, *, force: bool) -> str:
+    stage = node.stage()
+    if force:
+        stage.clear()
+    resumes = node.name == "train" and recipe.training.resume_from is not None
+    if stage.is_done() and not resumes:
+        say(f"{node.name}: found done")
+        return "skipped"
+    recorded = stage.recorded()
+    if recorded is not None and recorded != stage.fingerprint and not node.explicit:
+        _set_aside(recipe, node, recorded)
+    if _bring_back(recipe, node, stage):
+        say(f"{node.name}: found done (an earlier run with these settings)")
+        return "skipped"
+    say(f"{node.name}: running")
+    node.make(stage)
+    if not stage.is_done():
+        raise LimbeckError(f"{node.name} ended without completing {node.folder}.")
+    return "done"
+
+
+def _previous(recipe: Recipe, node: Node) -> StageFolder:
+    stage = node.stage()
+    return StageFolder(_previous_path(recipe, node, stage.fingerprint), stage.stage, stage.inputs)
+
+
+def _previous_path(recipe: Recipe, node: Node, fingerprint: str) -> Path:
+    return recipe.root / "previous" / f"{node.folder.name}-{fingerprint[:12]}"
+
+
+def _set_aside(recipe: Recipe, node: Node, recorded: str) -> None:
+    """Move a folder made from other inputs to `previous/`: a changed key never deletes a result."""
+    target = _previous_path(recipe, node, recorded)
+    target.parent.mkdir(exist_ok=True)
+    if target.exists():
+        shutil.rmtree(target)
+    node.folder.rename(target)
+    say(f"{node.name}: made with other settings before; that result is now {target}")
+
+
+def _bring_back(recipe: Recipe, node: Node, stage: StageFolder) -> bool:
+    """Move a complete earlier result of these very inputs back into place."""
+    earlier = _previous(recipe, node)
+    if node.folder.exists() or not earlier.is_done():
+        return False
+    earlier.path.rename(node.folder)
+    return stage.is_done()

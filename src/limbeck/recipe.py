@@ -1,0 +1,197 @@
+"""From YAML and flags to a checked `Recipe`.
+
+The one idea: a recipe file and the flags after it are the same thing, a tree of keys; the flags are laid
+over the file and the whole is checked once. An unknown key is refused with the nearest known one.
+"""
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from limbeck.config import Recipe
+from limbeck.errors import ConfigError
+
+#: Spellings users already write for a key. `_` and `-` are the same in every flag.
+ALIASES: Mapping[str, str] = {
+    "total-steps": "training.max_steps",
+    "max-steps": "training.max_steps",
+    "warmup-steps": "training.warmup_steps",
+    "batch-size": "training.per_device_train_batch_size",
+    "gradient-accumulation-steps": "training.gradient_accumulation_steps",
+    "num-train-epochs": "training.num_train_epochs",
+    "seq-len": "dataset.max_length",
+    "max-length": "dataset.max_length",
+    "max-seq-length": "dataset.max_length",
+    "lr": "training.learning_rate",
+    "learning-rate": "training.learning_rate",
+    "kl-weight": "loss.alpha",
+    "alpha": "loss.alpha",
+    "temperature": "loss.temperature",
+    "checkpoint-dir": "training.output_dir",
+    "checkpoint-interval": "training.save_steps",
+    "keep-last-checkpoints": "training.save_total_limit",
+    "log-interval": "training.logging_steps",
+    "eval-interval": "training.eval_steps",
+    "resume-from": "training.resume_from",
+    "bf16": "training.bf16",
+    "fp16": "training.fp16",
+    "device": "training.device",
+    "report-to": "training.report_to",
+    "teacher-model": "teacher.model",
+    "top-k": "teacher.top_k",
+    "teacher-topk": "teacher.top_k",
+    "cache-dir": "teacher.cache_dir",
+    "use-cached-logits": "teacher.use_cached_logits",
+    "student-model": "student.model",
+    "tokenizer": "tokenizer.name",
+    "dataset": "dataset.name",
+    "dataset-config": "dataset.config_name",
+    "split": "dataset.split",
+    "text-column": "dataset.text_column",
+    "max-samples": "dataset.max_samples",
+    "num-proc": "dataset.num_proc",
+    "recursive": "dataset.recursive",
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML where `1e-3` is a number, as it is in Python, JSON and YAML 1.2."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def sections(annotation: Any) -> type[BaseModel] | None:
+    """The pydantic model inside an annotation such as `Section`, `Section | None` or `list[Section]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, list):
+        for argument in typing.get_args(annotation):
+            if (model := sections(argument)) is not None:
+                return model
+    return None
+
+
+def keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every dotted key of the recipe that holds a value, with its pydantic field."""
+    for name, field in model.model_fields.items():
+        inner = sections(field.annotation)
+        if inner is not None and typing.get_origin(field.annotation) is not list:
+            yield from keys(inner, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+def parse_flags(
+    arguments: Sequence[str], extra: Mapping[str, str] | None = None, command: str = "limbeck"
+) -> dict[str, Any]:
+    """Turn `--loss.alpha 0.7 --bf16 --report-to=[]` into a tree of keys.
+
+    Values are YAML, so `true`, `null`, `1e-3` and `[a, b]` mean what they mean in a recipe; a flag without
+    a value is `true`. `extra` adds a command's own aliases.
+
+    Raises:
+        ConfigError: a word that is no flag, or a flag that is neither a key nor an alias.
+    """
+    aliases = {**ALIASES, **(extra or {})}
+    known = dict(keys())
+    tree: dict[str, Any] = {}
+    position = 0
+    while position < len(arguments):
+        word = arguments[position]
+        position += 1
+        if not word.startswith("--"):
+            raise ConfigError(f"{command}: unexpected argument {word!r}. Keys are given as `--section.key value`.")
+        flag, equals, value = word[2:].partition("=")
+        key = flag.replace("-", "_") if "." in flag else aliases.get(flag.replace("_", "-"), flag.replace("-", "_"))
+        if not (key in known or key.startswith("student.config.")):
+            candidates = [*known, *aliases]
+            raise ConfigError(f"{command}: unknown flag --{flag}{_nearest(flag, candidates, '--')}.")
+        if not equals:
+            if position < len(arguments) and not arguments[position].startswith("--"):
+                value = arguments[position]
+                position += 1
+            else:
+                value = "true"
+        _place(tree, key.split("."), _parse_value(value, word))
+    return tree
+
+
+def _parse_value(text: str, flag: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value of {flag} is not valid YAML: {text!r}") from error
+
+
+def _place(tree: dict[str, Any], path: list[str], value: Any) -> None:
+    for part in path[:-1]:
+        tree = tree.setdefault(part, {})
+    tree[path[-1]] = value
+
+
+def _nearest(word: str, candidates: Sequence[str], prefix: str = "") -> str:
+    """`; did you mean X?` for the closest candidate, or an empty string."""
+    found = difflib.get_close_matches(word, candidates, n=1, cutoff=0.6)
+    if not found:  # `alhpa` alone is nearest to the last part of `loss.alpha`
+        leaves = {candidate.rpartition(".")[2]: candidate for candidate in candidates}
+        found = [leaves[leaf] for leaf in difflib.get_close_matches(word.rpartition(".")[2], leaves, n=1)]
+    return f"; did you mean {prefix}{found[0]}?" if found else ""
+
+
+def load_recipe(path: Path | None, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a YAML recipe, lay the overrides over it and check the whole.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or a key or value is wrong; the message gives the
+            dotted key, the value found, and for a misspelt key the nearest known one.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        if not path.is_file():
+            raise ConfigError(f"recipe {path} does not exist. Give the path of a YAML file.")
+        try:
+            tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}  # noqa: S506 (a SafeLoader)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"recipe {path} is not valid YAML: {error}") from error
+        if not isinstance(tree, dict):
+            raise ConfigError(f"recipe {path} holds a {type(tree).__name__}; it must be a mapping of sections.")
+        tree.setdefault("name", path.stem)
+    merged = _merge(tree, overrides or {})
+    try:
+        return Recipe.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, path)) from None
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _explain(error: ValidationError, path: Path | None) -> str:
+    known = [key for key, _ in keys()] + list(Recipe.model_fields)
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"unknown key {key}{_nearest(key, known)}")
+        else:
+            reason = problem["msg"].removeprefix("Value error, ")
+            found = "" if isinstance(problem["input"], dict) else f" (found {problem['input']!r})"
+            lines.append(f"{key}: {reason}{found}" if key else reason)
+    return f"{path or 'configuration'}: " + "\n  ".join(lines)

@@ -1,0 +1,237 @@
+"""Files that are whole or absent: atomic writes, content hashes, manifests and the folder lock.
+
+The one idea: a folder limbeck writes is complete exactly when it holds `manifest.json`, and that file is
+written last and atomically. `inputs.json` is written first and says what the folder is being made from;
+so a folder with inputs but no manifest is unfinished work that the same inputs may continue.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from limbeck.errors import CorruptError, IncompleteError, LimbeckError
+
+MANIFEST = "manifest.json"
+INPUTS = "inputs.json"
+SCHEMA_VERSION = 1
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces: the same value always gives the same text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, default=str)
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 (hex) of a JSON-serialisable value, independent of the order of its keys."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def sha256_file_cached(path: Path) -> str:
+    """`sha256_file`, remembered by path, size and modification time.
+
+    A 60 GB teacher is hashed once and not at each start. The memory is a small file per path under
+    `$XDG_CACHE_HOME/limbeck`; deleting it costs one more pass over the weights.
+    """
+    stat = path.stat()
+    key = fingerprint([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
+    if stat.st_size < 1 << 24:
+        return sha256_file(path)
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "limbeck" / "hashes"
+    memo = root / key
+    if memo.exists():
+        return memo.read_text()
+    digest = sha256_file(path)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(memo, digest)
+    except OSError:  # a read-only home only costs the memory of the hash
+        pass
+    return digest
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def commit_file(temporary: Path, final: Path) -> None:
+    """Move a finished temporary file into place: fsync, rename, fsync of the folder."""
+    with temporary.open("rb") as handle:
+        os.fsync(handle.fileno())
+    temporary.replace(final)
+    fsync_folder(final.parent)
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write `text` so that a reader or a crash sees the old file or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    commit_file(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON atomically."""
+    atomic_write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; a file that is not JSON is reported as damaged, by name."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CorruptError(f"{path} is not valid JSON ({error}). Delete it and run the stage again.") from error
+
+
+def read_manifest(folder: Path, stage: str) -> dict[str, Any]:
+    """The manifest of a complete folder.
+
+    Raises:
+        IncompleteError: the folder is absent or has no manifest; the message names the command to run.
+        CorruptError: it was written by another schema version or is not JSON.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        what = "is unfinished" if folder.exists() else "does not exist"
+        raise IncompleteError(f"{folder} {what} (no {MANIFEST}). Run `limbeck {stage}` to make or continue it.")
+    manifest: dict[str, Any] = read_json(path)
+    if manifest.get("schema_version") != SCHEMA_VERSION:
+        raise CorruptError(
+            f"{path} has schema version {manifest.get('schema_version')}, this limbeck reads "
+            f"{SCHEMA_VERSION}. Make the folder again with `limbeck {stage}`."
+        )
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Mark `folder` complete. Call it after every other file is in place."""
+    write_json(folder / MANIFEST, {"schema_version": SCHEMA_VERSION, **manifest})
+
+
+def inside(folder: Path, name: str) -> Path:
+    """`folder / name`, refused when `name` (read from a manifest) would leave the folder."""
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise CorruptError(f"a manifest in {folder} names {name!r}, which is outside that folder.")
+    return path
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete temporary files of a killed writer."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink()
+
+
+@contextmanager
+def folder_lock(folder: Path, name: str = ".lock") -> Iterator[None]:
+    """Hold the one lock of an output folder, so that two runs never write it at once.
+
+    The operating system drops the lock when its holder dies, however it dies.
+    """
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / name)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise LimbeckError(
+            f"another limbeck process is writing {folder}. Wait for it, stop it, or choose another output folder."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """A folder owned by one stage of the pipeline, and what it is made from."""
+
+    path: Path
+    stage: str
+    inputs: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything the folder's content depends on."""
+        return fingerprint(self.inputs)
+
+    def recorded(self) -> str | None:
+        """Fingerprint of the inputs the folder was begun with, or None for a new folder."""
+        path = self.path / INPUTS
+        return str(read_json(path)["fingerprint"]) if path.exists() else None
+
+    def is_done(self) -> bool:
+        """True when the folder is complete and made from exactly these inputs."""
+        return (self.path / MANIFEST).exists() and self.recorded() == self.fingerprint
+
+    def differences(self) -> str:
+        """The first inputs that differ from the recorded ones, as `key: recorded -> wanted`."""
+        path = self.path / INPUTS
+        recorded = read_json(path)["inputs"] if path.exists() else {}
+        found = []
+        for key in sorted(recorded.keys() | self.inputs.keys()):
+            old, new = recorded.get(key), json.loads(canonical_json(self.inputs.get(key)))
+            if old != new:
+                found.append(f"{key}: {_short(old)} -> {_short(new)}")
+        return "; ".join(found[:4])
+
+    def begin(self) -> None:
+        """Create the folder and record its inputs; continuing the same inputs changes nothing.
+
+        Raises:
+            LimbeckError: the folder was begun with other inputs (names what differs), or holds files
+                that limbeck did not write.
+        """
+        recorded = self.recorded()
+        if recorded is None:
+            strangers = [p.name for p in self.path.iterdir()] if self.path.exists() else []
+            if strangers and not all(name.startswith(".") for name in strangers):
+                raise LimbeckError(
+                    f"{self.path} is not empty and was not written by `limbeck {self.stage}` "
+                    f"(it holds {sorted(strangers)[0]}). Choose another folder."
+                )
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(self.path / INPUTS, {"fingerprint": self.fingerprint, "inputs": self.inputs})
+        elif recorded != self.fingerprint:
+            raise LimbeckError(
+                f"{self.path} was made from other inputs ({self.differences()}). "
+                "Use another output folder, or --force to replace it."
+            )
+        remove_leftovers(self.path)
+
+    def clear(self) -> None:
+        """Empty a folder limbeck wrote, keeping its lock; a folder it did not write is left alone.
+
+        The manifest goes first and the record of the inputs last, so that a kill in between leaves an
+        unfinished folder that still says what it was.
+        """
+        if self.recorded() is None:
+            return
+        (self.path / MANIFEST).unlink(missing_ok=True)
+        for entry in self.path.iterdir():
+            if entry.name in (".lock", INPUTS):
+                continue
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        (self.path / INPUTS).unlink()
+
+
+def _short(value: Any) -> str:
+    text = canonical_json(value)
+    return text if len(text) <= 80 else text[:60] + f"…({len(text)} characters)"

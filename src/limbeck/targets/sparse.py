@@ -1,0 +1,209 @@
+"""SparseTargets: a teacher's next-token distributions on a support of K ids a position.
+
+The one idea: log-probabilities at temperature 1 on the support, and log Z_tau over the *whole* vocabulary
+for each declared temperature tau, give the exact tempered probability of every stored id,
+p_tau(i) = exp(l_i / tau - log Z_tau), and the exact mass of the rest. Local, cached and remote teachers all
+end in this one type, and every loss starts from it.
+
+Alignment: row t is the distribution of token t+1 given tokens 0..t.
+Shapes: `...` any leading dimensions (usually [B, T] or [N]), K support, V vocabulary, n_tau temperatures.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from limbeck.errors import ConfigError, MismatchError
+
+PAD_ID = -1
+
+
+@dataclass(frozen=True)
+class SparseTargets:
+    """A teacher's predictions on a sparse support.
+
+    Attributes:
+        token_ids: `[..., K]` int32; -1 marks unused places at the end of a row (K may vary per position).
+        logprobs: `[..., K]` float; natural log-probabilities at temperature 1, -inf in unused places.
+        log_z: `[..., n_tau]` float; logsumexp over the whole vocabulary of l_v / tau, per declared temperature.
+        temperatures: the declared temperatures, in the order of `log_z`.
+        vocab_size: V, the number of ids the teacher gives probability to.
+        weights: `[..., K]` float or None. For head + sampled tail: estimates of p whose expectation is p
+            (arXiv 2503.16870); None when the support is deterministic.
+        sampling_temperature: the temperature the draws were made at, with `weights`.
+
+    Example:
+        >>> logits = torch.randn(2, 5, 100)
+        >>> targets = SparseTargets.from_logits(logits, top_k=8, temperatures=(1.0, 2.0))
+        >>> logp, log_tail = targets.at_temperature(2.0)  # [2, 5, 8], [2, 5]
+    """
+
+    token_ids: torch.Tensor
+    logprobs: torch.Tensor
+    log_z: torch.Tensor
+    temperatures: tuple[float, ...]
+    vocab_size: int
+    weights: torch.Tensor | None = None
+    sampling_temperature: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.token_ids.shape != self.logprobs.shape:
+            raise ValueError(
+                f"token_ids has shape {tuple(self.token_ids.shape)} and logprobs {tuple(self.logprobs.shape)}; "
+                "they must be equal"
+            )
+        wanted = (*self.token_ids.shape[:-1], len(self.temperatures))
+        if tuple(self.log_z.shape) != wanted:
+            raise ValueError(f"log_z has shape {tuple(self.log_z.shape)}, expected {wanted} (one value a temperature)")
+        if self.top_k > self.vocab_size:
+            raise ConfigError(f"K is {self.top_k} and the vocabulary has {self.vocab_size} ids; K must not exceed it")
+
+    @property
+    def top_k(self) -> int:
+        """K, the largest support of a position."""
+        return int(self.token_ids.shape[-1])
+
+    @property
+    def valid(self) -> torch.Tensor:
+        """`[..., K]` bool: places that hold an id."""
+        return self.token_ids >= 0
+
+    @classmethod
+    def from_logits(
+        cls, logits: torch.Tensor, top_k: int | None, temperatures: Sequence[float] = (1.0,)
+    ) -> "SparseTargets":
+        """The `top_k` likeliest ids (all of them when None) of `[..., V]` logits, most likely first."""
+        vocab_size = logits.shape[-1]
+        if top_k is not None and top_k > vocab_size:
+            raise ConfigError(f"K is {top_k} and the vocabulary has {vocab_size} ids; K must not exceed it")
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        log_z1 = torch.logsumexp(logits, dim=-1, keepdim=True)
+        values, ids = torch.topk(logits, top_k or vocab_size, dim=-1)
+        return cls(
+            token_ids=torch.where(values == -math.inf, PAD_ID, ids).int(),
+            logprobs=values - log_z1,
+            log_z=log_normalisers(logits, log_z1, temperatures),
+            temperatures=tuple(temperatures),
+            vocab_size=vocab_size,
+        )
+
+    def at_temperature(self, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """log p_tau on the support `[..., K]` and the log of the remaining mass `[...]` (-inf when none).
+
+        Raises:
+            ConfigError: the temperature was not declared (names those that were), or the targets carry
+                draws made at another temperature.
+        """
+        if self.weights is not None and temperature != self.sampling_temperature:
+            raise ConfigError(
+                f"temperature {temperature} was asked for and the tail was sampled at {self.sampling_temperature}. "
+                "Use that temperature, or make targets without sampling."
+            )
+        if temperature not in self.temperatures:
+            raise ConfigError(
+                f"temperature {temperature} is not declared; these targets hold {list(self.temperatures)}. "
+                "Use one of them, or make the targets again with teacher.temperatures."
+            )
+        log_z = self.log_z[..., self.temperatures.index(temperature)].unsqueeze(-1)
+        log_p = self.logprobs / temperature - log_z
+        # 1 - sum cancels when little is left; in float64 the error is that of the inputs alone.
+        tail = 1.0 - log_p.double().exp().sum(dim=-1)
+        return log_p, tail.clamp_min(0.0).log().to(log_p.dtype)
+
+    def to_dense(self, vocab_size: int | None = None, temperature: float = 1.0) -> torch.Tensor:
+        """Probabilities over the whole vocabulary `[..., V]`; the tail is spread evenly over the other ids."""
+        size = vocab_size or self.vocab_size
+        log_p, log_tail = self.at_temperature(temperature)
+        others = (self.vocab_size - self.valid.sum(dim=-1)).clamp_min(1)
+        dense = (log_tail.exp() / others).unsqueeze(-1).repeat(*[1] * log_tail.dim(), size)
+        dense[..., self.vocab_size :] = 0.0
+        values = torch.where(self.valid, log_p.exp(), 0.0)
+        # Unused places write to a column of their own, so that they never touch id 0.
+        dense = torch.cat([dense, dense.new_zeros(*dense.shape[:-1], 1)], dim=-1)
+        index = torch.where(self.valid, self.token_ids, size).long()
+        return dense.scatter(-1, index, values)[..., :size]
+
+    def restrict_vocabulary(self, vocab_size: int) -> "SparseTargets":
+        """The same distributions with ids of `vocab_size` and above at probability 0.
+
+        For a student whose embedding is padded less than the teacher's: those ids stand for no token. The
+        normalisers lose the dropped ids' mass exactly.
+
+        Raises:
+            MismatchError: the dropped ids hold over 1 % of the mass somewhere, so they are no padding.
+        """
+        if vocab_size >= self.vocab_size:
+            return self
+        keep = self.valid & (self.token_ids < vocab_size)
+        dropped = self.valid & ~keep
+        if not bool(dropped.any()):
+            return self._replace(vocab_size=vocab_size)
+        log_z = []
+        for index, temperature in enumerate(self.temperatures):
+            log_p = self.logprobs / temperature - self.log_z[..., index : index + 1]
+            lost = torch.where(dropped, log_p.exp(), 0.0).sum(dim=-1)
+            if float(lost.max()) > 0.01:
+                raise MismatchError(
+                    f"the teacher gives {float(lost.max()):.3f} of its probability to ids of {vocab_size} and above, "
+                    f"which the student (vocab_size {vocab_size}) does not have. Use a student with the teacher's "
+                    "vocabulary."
+                )
+            log_z.append(self.log_z[..., index] + torch.log1p(-lost))
+        # l_i stays as it was: p_1(i) = exp(l_i - log Z_1), and log Z_1 is now slightly below 0.
+        return self._replace(
+            token_ids=torch.where(keep, self.token_ids, PAD_ID),
+            logprobs=torch.where(keep, self.logprobs, -math.inf),
+            log_z=torch.stack(log_z, dim=-1),
+            vocab_size=vocab_size,
+        )
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors by name: what a data loader carries from worker to trainer."""
+        named = {"token_ids": self.token_ids, "logprobs": self.logprobs, "log_z": self.log_z}
+        return named if self.weights is None else {**named, "weights": self.weights}
+
+    def with_tensors(self, tensors: Mapping[str, torch.Tensor]) -> "SparseTargets":
+        """Other tensors under the same temperatures, vocabulary and sampling."""
+        return self._replace(**tensors)
+
+    def __getitem__(self, index: slice | torch.Tensor) -> "SparseTargets":
+        """Positions chosen by an index over the leading dimensions."""
+        return self.with_tensors({name: tensor[index] for name, tensor in self.tensors().items()})
+
+    def flatten(self) -> "SparseTargets":
+        """The same targets with one leading dimension `[N, ...]`."""
+        return self.with_tensors({name: t.reshape(-1, t.shape[-1]) for name, t in self.tensors().items()})
+
+    def to(self, device: torch.device | str) -> "SparseTargets":
+        """The same targets on another device."""
+        return self.with_tensors({name: t.to(device, non_blocking=True) for name, t in self.tensors().items()})
+
+    def _replace(self, **changes: object) -> "SparseTargets":
+        return SparseTargets(**{**self.__dict__, **changes})
+
+
+def log_normalisers(logits: torch.Tensor, log_z1: torch.Tensor, temperatures: Sequence[float]) -> torch.Tensor:
+    """log Z_tau = logsumexp_v(l_v / tau) `[..., n_tau]` of `[..., V]` logits, l = logits - log_z1."""
+    columns = []
+    for temperature in temperatures:
+        if temperature == 1.0:
+            columns.append(torch.zeros_like(log_z1.squeeze(-1)))
+        else:
+            tempered = torch.logsumexp(logits / temperature, dim=-1)
+            columns.append(tempered - log_z1.squeeze(-1) / temperature)
+    return torch.stack(columns, dim=-1)
+
+
+def concatenate(parts: Sequence[SparseTargets]) -> SparseTargets:
+    """Targets of several batches of rows as one, supports padded to the widest."""
+    width = max(part.top_k for part in parts)
+    fill = {"token_ids": PAD_ID, "logprobs": -math.inf, "weights": 0.0}
+    named: dict[str, list[torch.Tensor]] = {}
+    for part in parts:
+        for name, tensor in part.tensors().items():
+            if name in fill:
+                tensor = torch.nn.functional.pad(tensor, (0, width - tensor.shape[-1]), value=fill[name])
+            named.setdefault(name, []).append(tensor)
+    return parts[0].with_tensors({name: torch.cat(tensors) for name, tensors in named.items()})

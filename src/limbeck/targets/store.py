@@ -1,0 +1,195 @@
+"""The cache on disk: HDF5 shards of coded targets, written crash-safe, read lazily.
+
+The one idea: a shard is a fixed range of packed rows, so every shard can be made alone, by any rank, and
+made again with the same bytes. It is written under a temporary name, fsynced and renamed; the journal
+records it with its checksum; `manifest.json` comes when all shards are there.
+
+    cache/ inputs.json  train-00000.h5 …  validation-00000.h5 …  manifest.json
+
+Shapes: B rows, T positions a row, K support.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from limbeck.data.dataset import PackedDataset, PackedRows, check_file
+from limbeck.errors import CorruptError, LimbeckError, MismatchError
+from limbeck.storage import commit_file, inside, read_json, read_manifest, sha256_file, write_json
+from limbeck.targets.codec import CodecSpec, RoundTrip, decode, encode, measure
+from limbeck.targets.sparse import SparseTargets, concatenate
+
+_POSITIONS_PER_CHUNK = 1024
+
+
+def write_shard(
+    path: Path, targets: SparseTargets, spec: CodecSpec, *, compression: str = "gzip", max_kl: float = 1e-4
+) -> tuple[dict[str, Any], RoundTrip]:
+    """Code targets `[B, T, ...]` into an HDF5 file; returns its record for the manifest and what coding cost.
+
+    Raises:
+        LimbeckError: the measured round trip costs more than `max_kl` nats; nothing is left on disk.
+    """
+    import h5py
+
+    rows, length = targets.token_ids.shape[:2]
+    flat = targets.to("cpu").flatten()
+    sections = encode(flat, spec)
+    loss = measure(flat, decode(sections, spec))
+    if loss.worst_kl > max_kl:
+        raise LimbeckError(
+            f"coding the targets costs {loss.worst_kl:.2e} nats (mean KL) and teacher.max_kl is {max_kl:.2e}. "
+            "Raise teacher.top_k or teacher.max_kl, or train with teacher.use_cached_logits: false."
+        )
+    temporary = path.with_name(f".{path.name}.tmp")
+    chunk = max(1, _POSITIONS_PER_CHUNK // length) * length
+    options = {"compression": "gzip", "compression_opts": 1, "shuffle": True} if compression == "gzip" else {}
+    with h5py.File(temporary, "w", libver="latest") as file:
+        for name, value in sections.items():
+            if value.size:
+                chunks = (min(chunk, len(value)), *value.shape[1:])
+                file.create_dataset(name, data=value, chunks=chunks, track_times=False, **options)
+    commit_file(temporary, path)
+    return {"file": path.name, "rows": rows, "sha256": sha256_file(path), "bytes": path.stat().st_size}, loss
+
+
+class ShardJournal:
+    """Which shards are finished; one file a writing process, merged when all are."""
+
+    def __init__(self, folder: Path, rank: int = 0) -> None:
+        self._folder, self._path = folder, folder / f".progress-{rank}.json"
+        self._own: dict[str, Any] = read_json(self._path) if self._path.exists() else {}
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Record a shard that is in place."""
+        self._own[record["file"]] = record
+        write_json(self._path, self._own)
+
+    def finished(self) -> dict[str, dict[str, Any]]:
+        """Records of all processes' shards whose files are there, by file name."""
+        merged: dict[str, Any] = {}
+        for path in sorted(self._folder.glob(".progress-*.json")):
+            merged.update(read_json(path))
+        return {name: record for name, record in merged.items() if (self._folder / name).is_file()}
+
+    def remove(self) -> None:
+        """Delete the journals, once the manifest has taken over."""
+        for path in self._folder.glob(".progress-*.json"):
+            path.unlink(missing_ok=True)
+
+
+class TeacherCache:
+    """Cached targets of one split: a `Teacher` that reads instead of computing.
+
+    Example:
+        >>> cache = TeacherCache("outputs/quickstart/cache")
+        >>> targets = cache.read([0, 5])  # rows 0 and 5: SparseTargets [2, T, ...]
+        >>> dense = targets.to_dense()  # [2, T, V]
+
+    Raises:
+        IncompleteError: the folder is unfinished.
+        CorruptError: a shard is missing, truncated or altered.
+    """
+
+    in_workers = True
+
+    def __init__(self, folder: Path | str, split: str = "train") -> None:
+        self.folder, self.split = Path(folder), split
+        self.manifest = read_manifest(self.folder, "teacher cache")
+        if split not in self.manifest["splits"]:
+            raise MismatchError(
+                f"{self.folder} holds the splits {', '.join(self.manifest['splits'])} and not {split}. "
+                "Add it to teacher.splits and make the cache again."
+            )
+        codec = self.manifest["codec"]
+        self.spec = CodecSpec(**{**codec, "temperatures": tuple(codec["temperatures"])})
+        self.temperatures = self.spec.temperatures
+        self.vocab_size = self.spec.vocab_size
+        self._shards: list[dict[str, Any]] = self.manifest["splits"][split]["shards"]
+        self._starts = np.cumsum([0] + [shard["rows"] for shard in self._shards])
+        self.length = int(self.manifest["max_length"])
+        for shard in self._shards:
+            check_file(self.folder, shard["file"], shard["sha256"])
+        self._open_files: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        """Number of cached rows."""
+        return int(self._starts[-1])
+
+    def check(self, rows: PackedDataset, attention: str) -> None:
+        """Refuse packed rows these targets were not made from.
+
+        Raises:
+            MismatchError: dataset, tokenizer, sequence length or attention differ; both values are named.
+        """
+        again = "Use the cache's own data, or make the cache again for this data into another folder."
+        recorded = self.manifest["splits"][self.split]["packed"]
+        for what, cached, found in (
+            ("rows of {} tokens", self.length, rows.max_length),
+            ("tokenizer {:.12}", self.manifest["tokenizer"], rows.manifest["tokenizer"]["hash"]),
+            ("packed dataset {:.12}", recorded, rows.fingerprint),
+            ("attention {}", self.manifest["attention"], attention),
+        ):
+            if cached != found:
+                raise MismatchError(
+                    f"{self.folder} was made for {what.format(cached)} and this run has {what.format(found)}. {again}"
+                )
+
+    def template(self) -> SparseTargets:
+        """Empty targets with this cache's temperatures, vocabulary and sampling."""
+        spec = self.spec
+        empty = np.zeros((0, 0), dtype=np.int32)
+        import torch
+
+        return SparseTargets(
+            torch.from_numpy(empty),
+            torch.zeros(0, 0),
+            torch.zeros(0, len(spec.temperatures)),
+            spec.temperatures,
+            spec.vocab_size,
+            weights=torch.zeros(0, 0) if spec.head is not None else None,
+            sampling_temperature=spec.sampling_temperature,
+        )
+
+    def targets(self, rows: PackedRows) -> SparseTargets:
+        """Targets of the rows, by their `row_ids`."""
+        return self.read(rows.row_ids.tolist())
+
+    def read(self, row_ids: Sequence[int]) -> SparseTargets:
+        """Targets `[B, T, ...]` of the given rows, in the order given.
+
+        Raises:
+            IndexError: a row the cache does not hold.
+            CorruptError: HDF5 cannot read a shard.
+        """
+        return concatenate([self._read_row(row) for row in row_ids])
+
+    def _read_row(self, row: int) -> SparseTargets:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)} in {self.folder}; items need the `row_id` of their packed row")
+        shard = int(np.searchsorted(self._starts, row, side="right")) - 1
+        offset = (row - int(self._starts[shard])) * self.length
+        file = self._file(shard)
+        try:
+            sections = {name: file[name][offset : offset + self.length] for name in file}
+        except OSError as error:
+            raise CorruptError(
+                f"{file.filename} cannot be read ({error}). Make {self.folder} again with --force."
+            ) from error
+        for name in ("low", "bits"):  # empty sections are not stored
+            sections.setdefault(name, np.zeros((self.length, 0), dtype=np.uint8))
+        targets = decode(sections, self.spec)
+        return targets.with_tensors({name: tensor.unsqueeze(0) for name, tensor in targets.tensors().items()})
+
+    def _file(self, shard: int) -> Any:
+        if shard not in self._open_files:
+            import h5py
+
+            self._open_files[shard] = h5py.File(inside(self.folder, self._shards[shard]["file"]), "r")
+        return self._open_files[shard]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Each worker opens the shards itself: HDF5 handles do not survive a fork."""
+        return {**self.__dict__, "_open_files": {}}

@@ -1,0 +1,179 @@
+"""Fill a cache: run the teacher over the packed rows, shard by shard.
+
+The one idea: shards are independent ranges of rows, so ranks of torchrun take every W-th one, a killed run
+redoes only its unfinished shard, and whoever finishes last writes the manifest.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from limbeck.config import Recipe
+from limbeck.console import progress, say
+from limbeck.data.dataset import PackedDataset
+from limbeck.data.tokenizer import recipe_tokenizer
+from limbeck.storage import StageFolder, folder_lock, read_json, write_manifest
+from limbeck.targets.codec import CODEC_VERSION, CodecSpec
+from limbeck.targets.sparse import SparseTargets
+from limbeck.targets.store import ShardJournal, write_shard
+from limbeck.teachers.choose import open_local, target_inputs
+from limbeck.teachers.local import LocalTeacher
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """One shard to make: rows `start` to `stop` of a split."""
+
+    file: str
+    split: str
+    start: int
+    stop: int
+
+
+def cache_inputs(recipe: Recipe) -> dict[str, Any]:
+    """Everything the cached targets depend on, known without loading the teacher."""
+    teacher = recipe.teacher
+    return {
+        **target_inputs(recipe),
+        "packed": PackedDataset(recipe.packed_dir).manifest["fingerprint"],
+        "train_rows": recipe.dataset.train_rows,
+        "splits": sorted(teacher.splits),
+        "rows_per_shard": teacher.rows_per_shard,
+        "compression": teacher.compression,
+        "codec_version": CODEC_VERSION,
+    }
+
+
+def build_cache(recipe: Recipe, folder: Path, *, force: bool = False) -> dict[str, Any]:
+    """Make (or continue, or find done) the recipe's cache; returns its manifest.
+
+    Raises:
+        LimbeckError: the packed data is missing or another tokenizer's, the folder holds another cache and
+            `force` is not set, K exceeds the vocabulary, or the codec's round trip costs too much.
+    """
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    tokenizer = recipe_tokenizer(recipe)
+    data: dict[str, PackedDataset] = {
+        split: PackedDataset(recipe.packed_dir, split, recipe.dataset.train_rows if split == "train" else None)
+        for split in sorted(recipe.teacher.splits)
+    }
+    first = next(iter(data.values()))
+    first.check(tokenizer, recipe.dataset.max_length)
+    stage = StageFolder(folder, "teacher cache", cache_inputs(recipe))
+    if force and rank == 0:
+        stage.clear()
+    if stage.is_done():
+        return dict(read_json(folder / "manifest.json"))
+    teacher = open_local(recipe, tokenizer)
+    with folder_lock(folder, name=".lock" if world == 1 else f".lock-{rank}"):
+        stage.begin()
+        journal = ShardJournal(folder, rank)
+        plan = list(_plan(data, recipe.teacher.rows_per_shard))
+        mine = [shard for number, shard in enumerate(plan) if number % world == rank]
+        _make_shards(recipe, folder, teacher, data, mine, journal)
+        finished = journal.finished()
+        if any(shard.file not in finished for shard in plan):
+            say(f"rank {rank} of {world} is done; the last rank to finish writes the manifest")
+            return {}
+        manifest = _manifest(stage, codec_spec(teacher, recipe), data, plan, finished)
+        write_manifest(folder, manifest)
+        journal.remove()
+    return manifest
+
+
+def _plan(data: dict[str, PackedDataset], rows_per_shard: int) -> Iterator[_Shard]:
+    for split, rows in data.items():
+        for number, start in enumerate(range(0, len(rows), rows_per_shard)):
+            yield _Shard(f"{split}-{number:05d}.h5", split, start, min(start + rows_per_shard, len(rows)))
+
+
+def _make_shards(
+    recipe: Recipe,
+    folder: Path,
+    teacher: LocalTeacher,
+    data: dict[str, PackedDataset],
+    shards: list[_Shard],
+    journal: ShardJournal,
+) -> None:
+    spec = codec_spec(teacher, recipe)
+    done = journal.finished()
+    if any(shard.file in done for shard in shards):
+        say(f"continuing after {sum(shard.file in done for shard in shards)} finished shards in {folder}")
+    started, positions = time.perf_counter(), 0
+    with progress("caching teacher targets (rows)", sum(shard.stop - shard.start for shard in shards)) as bar:
+        for shard in shards:
+            if shard.file not in done:
+                rows = data[shard.split].rows(range(shard.start, shard.stop))
+                targets = teacher.targets(rows)
+                record, loss = write_shard(
+                    folder / shard.file,
+                    targets,
+                    spec,
+                    compression=recipe.teacher.compression,
+                    max_kl=recipe.teacher.max_kl,
+                )
+                journal.add({**record, "roundtrip_kl": loss.worst_kl, "teacher_mass": _mass(targets)})
+                positions += rows.input_ids.numel()
+            bar.advance(shard.stop - shard.start)
+    seconds = time.perf_counter() - started
+    if positions:
+        say(f"cached {positions:,} positions in {seconds:.1f} s ({positions / seconds:,.0f} positions/s)")
+
+
+def _mass(targets: SparseTargets) -> float:
+    """Mean probability on the support, at temperature 1 or that of the draws."""
+    log_p, _ = targets.at_temperature(targets.sampling_temperature or 1.0)
+    return float(log_p.exp().sum(dim=-1).mean())
+
+
+def codec_spec(teacher: LocalTeacher, recipe: Recipe) -> CodecSpec:
+    """The codec's parameters for a teacher's targets."""
+    sampling = recipe.teacher.sampling
+    if sampling is None:
+        return CodecSpec(recipe.teacher.top_k or teacher.vocab_size, teacher.vocab_size, teacher.temperatures)
+    return CodecSpec(
+        sampling.head + sampling.draws,
+        teacher.vocab_size,
+        teacher.temperatures,
+        head=sampling.head,
+        num_draws=sampling.draws,
+        sampling_temperature=teacher.sampling_temperature,
+    )
+
+
+def _manifest(
+    stage: StageFolder,
+    spec: CodecSpec,
+    data: dict[str, PackedDataset],
+    plan: list[_Shard],
+    finished: dict[str, dict[str, Any]],
+) -> dict[str, Any]:
+    first = next(iter(data.values()))
+    splits = {}
+    for split in data:
+        records = [finished[shard.file] for shard in plan if shard.split == split]
+        splits[split] = {
+            "rows": sum(record["rows"] for record in records),
+            "packed": data[split].fingerprint,
+            "shards": records,
+        }
+    positions = sum(split["rows"] for split in splits.values()) * first.max_length
+    size = sum(record["bytes"] for record in finished.values())
+    masses = [record["teacher_mass"] for record in finished.values()]
+    return {
+        "kind": "teacher_cache",
+        "fingerprint": stage.fingerprint,
+        "teacher": stage.inputs["teacher"],
+        "tokenizer": first.manifest["tokenizer"]["hash"],
+        "attention": stage.inputs["attention"],
+        "max_length": first.max_length,
+        "codec": {**asdict(spec), "temperatures": list(spec.temperatures)},
+        "splits": splits,
+        "positions": positions,
+        "bytes_per_position": round(size / positions, 2),
+        "roundtrip_kl": max(record["roundtrip_kl"] for record in finished.values()),
+        "teacher_mass": sum(masses) / len(masses),
+    }

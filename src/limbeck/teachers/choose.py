@@ -1,0 +1,116 @@
+"""From a recipe to a teacher: the table of what `teacher` can mean.
+
+Add a teacher with a class that fulfils `base.Teacher` and a line in `TEACHERS`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from limbeck.config import Recipe
+from limbeck.data.dataset import PackedDataset
+from limbeck.data.tokenizer import LoadedTokenizer, load_tokenizer, require_same
+from limbeck.errors import ConfigError
+from limbeck.models import choose_dtype, load_causal_lm, model_identity, require_packing
+from limbeck.storage import read_manifest
+from limbeck.targets.store import TeacherCache
+from limbeck.teachers.base import Teacher
+from limbeck.teachers.local import LocalTeacher
+
+
+def open_local(recipe: Recipe, tokenizer: LoadedTokenizer, rows: PackedDataset | None = None) -> LocalTeacher:
+    """The recipe's teacher model in this process.
+
+    Raises:
+        ConfigError: `teacher.model` is not set.
+        MismatchError: its tokenizer is not the data's.
+    """
+
+    section = recipe.teacher
+    if section.model is None:
+        raise ConfigError("teacher.model is not set and the recipe distils. Name a model, or set training.mode: ce.")
+    own = load_tokenizer(section.model, section.revision, section.trust_remote_code)
+    require_same(own.hash, tokenizer.hash, f"teacher {section.model}", f"tokenizer {tokenizer.name}")
+    device = section.device or recipe.training.device or default_device()
+    model = load_causal_lm(
+        section.model,
+        revision=section.revision,
+        trust_remote_code=section.trust_remote_code,
+        dtype=choose_dtype(section.dtype, device),
+    )
+    if recipe.dataset.attention == "per_document":
+        require_packing(model, "teacher")
+    return LocalTeacher(
+        model,
+        top_k=section.top_k,
+        temperatures=recipe.temperatures,
+        attention=recipe.dataset.attention,
+        sampling=section.sampling,
+        sampling_temperature=recipe.loss.temperature if section.sampling else None,
+        max_batch_tokens=(section.batch_size or 0) * recipe.dataset.max_length or section.max_batch_tokens,
+        device=device,
+    )
+
+
+def open_cached(recipe: Recipe, tokenizer: LoadedTokenizer, rows: PackedDataset) -> TeacherCache:
+    """The recipe's cache, checked against the packed rows."""
+    cache = TeacherCache(recipe.cache_dir, rows.split)
+    require_same(cache.manifest["tokenizer"], tokenizer.hash, f"cache {cache.folder}", f"tokenizer {tokenizer.name}")
+    cache.check(rows, recipe.dataset.attention)
+    if recipe.loss.temperature not in cache.temperatures:
+        raise ConfigError(
+            f"loss.temperature is {recipe.loss.temperature} and the cache {cache.folder} declares "
+            f"{list(cache.temperatures)}. Use one of these, or make a cache with teacher.temperatures."
+        )
+    return cache
+
+
+#: `teacher.use_cached_logits` -> how the teacher is opened.
+TEACHERS: dict[bool, Callable[[Recipe, LoadedTokenizer, PackedDataset], Teacher]] = {
+    True: open_cached,
+    False: open_local,
+}
+
+
+def open_teacher(recipe: Recipe, tokenizer: LoadedTokenizer, rows: PackedDataset) -> Teacher:
+    """The teacher that trains the recipe's student."""
+    return TEACHERS[recipe.teacher.use_cached_logits](recipe, tokenizer, rows)
+
+
+def target_inputs(recipe: Recipe) -> dict[str, Any]:
+    """What targets made by the recipe's teacher depend on, beside the rows; known without loading it.
+
+    Raises:
+        ConfigError: `teacher.model` is not set.
+    """
+    section = recipe.teacher
+    if section.model is None:
+        raise ConfigError("teacher.model is not set. Name the model whose targets are wanted.")
+    sampling = section.sampling.model_dump() if section.sampling else None
+    return {
+        "teacher": model_identity(section.model, section.revision),
+        "dtype": section.dtype,
+        "attention": recipe.dataset.attention,
+        "top_k": section.top_k,
+        "temperatures": list(recipe.temperatures),
+        "sampling": {**sampling, "temperature": recipe.loss.temperature} if sampling else None,
+    }
+
+
+def teacher_inputs(recipe: Recipe) -> dict[str, Any] | None:
+    """What the teacher adds to the inputs of a training run: nothing, the cache's fingerprint, or its own."""
+    if not recipe.distils:
+        return None
+    if recipe.teacher.use_cached_logits:
+        return {"cache": read_manifest(recipe.cache_dir, "teacher cache")["fingerprint"]}
+    return target_inputs(recipe)
+
+
+def default_device() -> str:
+    """cuda (of this rank) when there is one, else cpu."""
+    import os
+
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"

@@ -1,0 +1,141 @@
+"""A teacher in this process: any Hugging Face causal LM, on its own device, without gradients.
+
+The one idea: like the student's loss, targets are made inside the output embedding's forward, a chunk of
+positions at a time, so the teacher's [B, T, V] logits never exist either.
+
+Shapes: B rows, T positions, V vocabulary, K support.
+"""
+
+from typing import Any
+
+import torch
+
+from limbeck.config import SamplingConfig
+from limbeck.data.dataset import PackedRows
+from limbeck.errors import ConfigError
+from limbeck.models import LogitTransform, embedded_vocab_size, head_replaced
+from limbeck.targets.sampling import sample_targets
+from limbeck.targets.sparse import SparseTargets, concatenate
+
+_CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}  # logits at once: on a CPU, what stays in cache
+
+
+class LocalTeacher:
+    """Runs a causal LM and keeps a sparse support of its predictions.
+
+    Args:
+        model: a causal LM of transformers; it is put in eval mode and never trained.
+        top_k: ids kept per position; None keeps the vocabulary.
+        temperatures: temperatures whose normaliser is exact in the targets.
+        attention: per_document or packed, as for the student.
+        sampling: head + sampled tail instead of top-k.
+        sampling_temperature: the temperature the draws are made at; default the largest declared.
+        max_batch_tokens: tokens in one forward pass.
+        device: moved there once; default where the model is.
+
+    Raises:
+        ConfigError: K exceeds the vocabulary, or 1 is not among the temperatures.
+
+    Example:
+        >>> teacher = LocalTeacher(model, top_k=64, temperatures=(1.0, 2.0))
+        >>> targets = teacher.targets(dataset.rows([0, 1]))  # [2, T, 64]
+    """
+
+    in_workers = False
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        top_k: int | None = 64,
+        temperatures: tuple[float, ...] = (1.0, 2.0),
+        attention: str = "per_document",
+        sampling: SamplingConfig | None = None,
+        sampling_temperature: float | None = None,
+        max_batch_tokens: int = 8192,
+        device: str | torch.device | None = None,
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        if device is not None:
+            self.model.to(device)
+        self.vocab_size = embedded_vocab_size(model)
+        self.temperatures = tuple(temperatures)
+        self.attention = attention
+        self._top_k, self._sampling = top_k, sampling
+        self._sampling_temperature = sampling_temperature or max(self.temperatures)
+        self._budget = max_batch_tokens
+        self._transform = LogitTransform.of(model.config.get_text_config())
+        if 1.0 not in self.temperatures:
+            raise ConfigError(f"the declared temperatures are {list(temperatures)}; 1 must be one of them.")
+        support = top_k if sampling is None else sampling.head + sampling.draws
+        if support is not None and support > self.vocab_size:
+            raise ConfigError(
+                f"teacher.top_k (K) is {support} and the teacher's vocabulary has {self.vocab_size} ids. "
+                "Lower teacher.top_k, or set it to null for the whole vocabulary."
+            )
+
+    @property
+    def sampling_temperature(self) -> float | None:
+        """The temperature of the draws, None without sampling."""
+        return self._sampling_temperature if self._sampling is not None else None
+
+    def template(self) -> SparseTargets:
+        """Empty targets with this teacher's temperatures, vocabulary and sampling."""
+        return SparseTargets(
+            torch.zeros(0, 0, dtype=torch.int32),
+            torch.zeros(0, 0),
+            torch.zeros(0, len(self.temperatures)),
+            self.temperatures,
+            self.vocab_size,
+            weights=torch.zeros(0, 0) if self._sampling is not None else None,
+            sampling_temperature=self.sampling_temperature,
+        )
+
+    @torch.no_grad()
+    def targets(self, rows: PackedRows) -> SparseTargets:
+        """Targets `[B, T, ...]` of the rows, in as many passes as the token budget asks for."""
+        length = rows.input_ids.shape[1]
+        step = max(1, self._budget // length)
+        parts = [self._pass(rows.slice(start, start + step)) for start in range(0, len(rows.input_ids), step)]
+        return concatenate(parts)
+
+    def _pass(self, rows: PackedRows) -> SparseTargets:
+        device = next(self.model.parameters()).device
+        moved = rows.to(device)
+        head = self.model.get_output_embeddings()
+        found: list[SparseTargets] = []
+
+        def targets_of(hidden: torch.Tensor) -> torch.Tensor:
+            found.append(self._from_hidden(hidden, head, rows.row_ids))
+            return hidden[..., :1]
+
+        # Autocast is the student's; the teacher speaks in the precision of its own weights.
+        with torch.autocast(device.type, enabled=False), head_replaced(head, targets_of):
+            self.model(**moved.model_inputs(self.attention), use_cache=False)
+        shape = moved.input_ids.shape
+        return found[0].with_tensors({n: t.reshape(*shape, t.shape[-1]) for n, t in found[0].tensors().items()})
+
+    def _from_hidden(self, hidden: torch.Tensor, head: Any, row_ids: torch.Tensor) -> SparseTargets:
+        rows, length, width = hidden.shape
+        if self._sampling is not None:  # the draws of a row depend on its number alone, not on its batch
+            return concatenate([self._sampled(self._logits(hidden[i], head), int(row_ids[i])) for i in range(rows)])
+        flat = hidden.reshape(-1, width)
+        step = max(1, _CHUNK_BYTES.get(hidden.device.type, 512 << 20) // (4 * self.vocab_size))
+        return concatenate(
+            [
+                SparseTargets.from_logits(self._logits(flat[i : i + step], head), self._top_k, self.temperatures)
+                for i in range(0, rows * length, step)
+            ]
+        )
+
+    def _logits(self, hidden: torch.Tensor, head: Any) -> torch.Tensor:
+        logits: torch.Tensor = self._transform(torch.nn.functional.linear(hidden, head.weight, head.bias).float())
+        return logits
+
+    def _sampled(self, logits: torch.Tensor, row_id: int) -> SparseTargets:
+        sampling = self._sampling
+        assert sampling is not None
+        generator = torch.Generator(logits.device).manual_seed((sampling.seed << 32) + row_id + 1)
+        return sample_targets(
+            logits, sampling.head, sampling.draws, self.temperatures, self._sampling_temperature, generator
+        )

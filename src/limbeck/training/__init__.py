@@ -1,0 +1,1 @@
+"""Training: transformers.Trainer with teacher targets, whole checkpoints and log lines."""

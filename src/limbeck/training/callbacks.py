@@ -1,0 +1,53 @@
+"""What a run says while it trains: one line a log, in the console and in `training.log`.
+
+[  1000/ 100000] loss=2.34 lr=0.020 gnorm=1.2 tok/s=8500 elapsed=2000s
+Step 1000: Total Loss: 2.3456, CE Loss: 2.1234, KL Loss: 0.4567
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from limbeck.console import say
+
+
+class LogLines(TrainerCallback):
+    """Writes the log lines of the main process."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._started = time.perf_counter()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock of `elapsed`."""
+        self._started = time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Format what the Trainer logs."""
+        if not state.is_world_process_zero or not logs:
+            return
+        if "loss" in logs:
+            self._write(self._throughput_line(state, logs))
+            parts = f"Step {state.global_step}: Total Loss: {logs['loss']:.4f}, CE Loss: {logs['ce_loss']:.4f}"
+            self._write(parts + (f", KL Loss: {logs['kl_loss']:.4f}" if "kl_loss" in logs else ""))
+        elif any(key.startswith("eval_") for key in logs):
+            scores = " ".join(
+                f"{key.removeprefix('eval_')}={value:.4g}" for key, value in logs.items() if key != "epoch"
+            )
+            self._write(f"[{state.global_step:6d}/{state.max_steps:7d}] evaluation: {scores}")
+
+    def _throughput_line(self, state: Any, logs: dict[str, float]) -> str:
+        rate = logs.get("learning_rate", 0.0)
+        return (
+            f"[{state.global_step:6d}/{state.max_steps:7d}] loss={logs['loss']:.2f} "
+            f"lr={f'{rate:.3f}' if rate >= 1e-3 else f'{rate:.1e}'} gnorm={logs.get('grad_norm', 0.0):.1f} "
+            f"tok/s={logs['tokens_per_second']:.0f} elapsed={time.perf_counter() - self._started:.0f}s"
+        )
+
+    def _write(self, line: str) -> None:
+        say(line)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as log:
+            log.write(line + "\n")

@@ -1,0 +1,63 @@
+"""Rows to a batch, with the teacher's targets when they can be read in the loader's workers.
+
+The one idea: a batch is `row_ids`, `input_ids`, `doc_ids`, the shifted labels, and (for a cached teacher)
+the tensors of SparseTargets under `targets`; the trainer needs nothing else.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from limbeck.data.dataset import IGNORE, PackedRows
+from limbeck.teachers.base import Teacher
+
+
+class RowCollator:
+    """Collate items with `input_ids`, and optionally `doc_ids`, `row_id`, `labels`.
+
+    Items may differ in length: shorter ones are filled up with `pad_id`, which carries no loss. `labels`
+    follow the Hugging Face convention (aligned with `input_ids`, -100 where there is no loss) and only take
+    loss away; without them every next token of the same document counts.
+    """
+
+    def __init__(self, teacher: Teacher | None = None, pad_id: int = 0) -> None:
+        self._teacher, self._pad_id = teacher, pad_id
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The batch, as a dict of tensors [B, T]."""
+        ids = [torch.as_tensor(item["input_ids"]) for item in items]
+        length = max(len(row) for row in ids)
+        docs = [self._documents(item, len(row)) for item, row in zip(items, ids, strict=True)]
+        rows = PackedRows(
+            row_ids=torch.tensor([int(item.get("row_id", -1)) for item in items]),
+            input_ids=torch.stack([_fill(row, length, self._pad_id) for row in ids]),
+            doc_ids=torch.stack([_fill(row, length, -1) for row in docs]),
+        )
+        labels = rows.labels
+        if "labels" in items[0]:
+            given = torch.stack([_fill(torch.as_tensor(item["labels"]), length, IGNORE) for item in items])
+            labels[:, :-1][given[:, 1:] == IGNORE] = IGNORE
+        batch: dict[str, Any] = {
+            "row_ids": rows.row_ids,
+            "input_ids": rows.input_ids,
+            "doc_ids": rows.doc_ids,
+            # The Trainer counts the loss's positions of the whole accumulated batch in `shift_labels`.
+            "labels": labels,
+            "shift_labels": labels,
+        }
+        if self._teacher is not None and self._teacher.in_workers:
+            batch["targets"] = self._teacher.targets(rows).tensors()
+        return batch
+
+    @staticmethod
+    def _documents(item: dict[str, Any], length: int) -> torch.Tensor:
+        if "doc_ids" in item:
+            return torch.as_tensor(item["doc_ids"])
+        mask = item.get("attention_mask")
+        docs = torch.zeros(length, dtype=torch.long)
+        return docs if mask is None else torch.where(torch.as_tensor(mask).bool(), docs, -1)
+
+
+def _fill(row: torch.Tensor, length: int, value: int) -> torch.Tensor:
+    return torch.nn.functional.pad(row.long(), (0, length - len(row)), value=value)

@@ -1,0 +1,270 @@
+"""One training run of a recipe in one folder: begin, continue, finish.
+
+The one idea: the folder records what it is trained from. The same inputs continue from the newest whole
+checkpoint and end with the same bytes as an undisturbed run; other inputs are refused, unless
+`training.resume_from` says that this change of mode is meant, which `provenance.jsonl` then records.
+
+    student/
+      inputs.json  recipe.yaml  provenance.jsonl  training.log  runs/   (written first, or as it goes)
+      checkpoint-N/  best/  final/  manifest.json                       (manifest last)
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from limbeck.config import Recipe
+from limbeck.console import say, warn
+from limbeck.data.dataset import PackedDataset
+from limbeck.data.tokenizer import LoadedTokenizer, recipe_tokenizer
+from limbeck.errors import LimbeckError
+from limbeck.models import build_student, embedded_vocab_size, model_identity, require_packing
+from limbeck.storage import (
+    INPUTS,
+    StageFolder,
+    folder_lock,
+    fsync_folder,
+    read_json,
+    sha256_file,
+    write_json,
+    write_manifest,
+)
+from limbeck.teachers.base import Teacher
+from limbeck.teachers.choose import open_teacher, teacher_inputs
+from limbeck.training.checkpoints import checkpoint_step, newest, remove_partial, resolve_resume
+
+#: Keys of `training` that change how a run is watched or stored, not what it computes.
+_NOT_INPUTS = {
+    "output_dir", "resume", "resume_from", "logging_steps", "save_total_limit", "report_to", "device",
+    "dataloader_num_workers", "per_device_eval_batch_size", "eval_steps", "eval_rows", "save_steps",
+}  # fmt: skip
+
+
+def train_inputs(recipe: Recipe, rows: PackedDataset, start: str | None = None) -> dict[str, Any]:
+    """Everything the trained weights depend on."""
+    training = recipe.training.model_dump(mode="json", exclude=_NOT_INPUTS)
+    return {
+        "packed": rows.fingerprint,
+        "attention": recipe.dataset.attention,
+        "student": recipe.student.config,
+        "start": start
+        or (model_identity(recipe.student.model, recipe.student.revision) if recipe.student.model else None),
+        "training": training,
+        "parameter_lr_multipliers": [rule.model_dump() for rule in recipe.parameter_lr_multipliers],
+        "seed": recipe.seed,
+        "loss": recipe.loss.model_dump(mode="json", exclude={"chunk_size"}) if recipe.distils else None,
+        "teacher": teacher_inputs(recipe),
+        "stages": recipe.stages.model_dump() if recipe.stages.enabled else None,
+    }
+
+
+def training_rows(recipe: Recipe) -> PackedDataset:
+    """The packed rows a recipe trains on."""
+    return PackedDataset(recipe.packed_dir, "train", recipe.dataset.train_rows)
+
+
+def train(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """Train the recipe's student in `folder` (through its stages, if it has any); returns the manifest."""
+    if not recipe.stages.enabled:
+        return _train_one(recipe, folder, None)
+    start: Path | None = None
+    manifest: dict[str, Any] = {}
+    for stage in recipe.stages.configs:
+        say(f"stage {stage.stage_name}")
+        manifest = _train_one(_stage_recipe(recipe, stage), folder / stage.stage_name, start)
+        start = folder / stage.stage_name / "final"
+    assert start is not None
+    _copy_model(start, folder / "final")
+    write_manifest(folder, {**manifest, "stages": [stage.stage_name for stage in recipe.stages.configs]})
+    return manifest
+
+
+def _stage_recipe(recipe: Recipe, stage: Any) -> Recipe:
+    length = (
+        {"max_steps": stage.max_steps} if stage.max_steps else {"max_steps": -1, "num_train_epochs": stage.num_epochs}
+    )
+    changes: dict[str, Any] = {
+        "training": recipe.training.model_copy(update=length),
+        "stages": recipe.stages.model_copy(update={"enabled": False}),
+    }
+    if stage.parameter_lr_multipliers is not None:
+        changes["parameter_lr_multipliers"] = stage.parameter_lr_multipliers
+    return recipe.model_copy(update=changes)
+
+
+def _train_one(recipe: Recipe, folder: Path, start: Path | None) -> dict[str, Any]:
+    tokenizer = recipe_tokenizer(recipe)
+    rows = training_rows(recipe)
+    rows.check(tokenizer, recipe.dataset.max_length)
+    held_out = PackedDataset(recipe.packed_dir, "validation", recipe.training.eval_rows)
+    teacher = open_teacher(recipe, tokenizer, rows) if recipe.distils else None
+    begun_from = sha256_file(start / "model.safetensors") if start else None
+    stage = StageFolder(folder, "train", train_inputs(recipe, rows, begun_from))
+    if stage.is_done() and recipe.training.resume_from is None:
+        say(f"{folder} is complete")
+        return dict(read_json(folder / "manifest.json"))
+    with folder_lock(folder):
+        _begin(stage, recipe)
+        student = _student(recipe, tokenizer, start)
+        trainer = _trainer(recipe, folder, student, teacher, rows, held_out)
+        resume = _resume_point(recipe, folder)
+        _record_provenance(stage, recipe, resume)
+        result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        return _finish(trainer, stage, tokenizer, result)
+
+
+def _begin(stage: StageFolder, recipe: Recipe) -> None:
+    recorded = stage.recorded()
+    if recorded is not None and recorded != stage.fingerprint and recipe.training.resume_from is not None:
+        say(f"continuing {stage.path} with a change ({stage.differences()})")
+        for name in ("manifest.json", INPUTS):
+            (stage.path / name).unlink(missing_ok=True)
+        write_json(stage.path / INPUTS, {"fingerprint": stage.fingerprint, "inputs": stage.inputs})
+    stage.begin()
+    remove_partial(stage.path)
+    text = yaml.safe_dump(json.loads(recipe.model_dump_json()), sort_keys=False)
+    (stage.path / "recipe.yaml").write_text(text, encoding="utf-8")
+
+
+def _student(recipe: Recipe, tokenizer: LoadedTokenizer, start: Path | None) -> Any:
+    special = {
+        "bos_token_id": tokenizer.hf.bos_token_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.hf.pad_token_id,
+    }
+    section = recipe.student.model_copy(update={"model": str(start), "config": {}}) if start else recipe.student
+    student = build_student(section, tokenizer.vocab_size, recipe.seed, special)
+    count = sum(parameter.numel() for parameter in student.parameters())
+    say(f"student: {type(student).__name__}, {count:,} parameters, float32 weights")
+    return student
+
+
+def _trainer(
+    recipe: Recipe,
+    folder: Path,
+    student: Any,
+    teacher: Teacher | None,
+    rows: PackedDataset,
+    held_out: PackedDataset,
+) -> Any:
+    from limbeck.training.arguments import arguments_from_recipe
+    from limbeck.training.param_groups import describe_groups
+    from limbeck.training.trainer import DistillationTrainer
+
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "runs"))
+    if recipe.dataset.attention == "per_document":
+        require_packing(student, "student")
+    if teacher is not None and teacher.vocab_size != embedded_vocab_size(student):
+        warn(
+            f"the teacher's vocabulary has {teacher.vocab_size} ids and the student's "
+            f"{embedded_vocab_size(student)}; ids only one of them has get probability 0 on the other side"
+        )
+    trainer = DistillationTrainer(
+        model=student,
+        args=arguments_from_recipe(recipe, folder),
+        teacher=teacher,
+        train_dataset=rows,
+        eval_dataset=held_out if len(held_out) else None,
+    )
+    groups = trainer.create_optimizer().param_groups
+    say("optimizer groups:\n" + describe_groups(groups, student))
+    return trainer
+
+
+def _resume_point(recipe: Recipe, folder: Path) -> Path | None:
+    own = newest(folder) if recipe.training.resume else None
+    if own is None and recipe.training.resume_from is not None:
+        return resolve_resume(recipe.training.resume_from)
+    return own
+
+
+def _record_provenance(stage: StageFolder, recipe: Recipe, resume: Path | None) -> None:
+    """Append one line: where this run starts, in which mode, from which teacher and data."""
+    path = stage.path / "provenance.jsonl"
+    last = json.loads(path.read_text().splitlines()[-1]) if path.exists() else None
+    mode = recipe.training.mode
+    entry = {
+        "step": checkpoint_step(resume) if resume else 0,
+        "mode": mode,
+        "resumed_from": str(resume) if resume else None,
+        "fingerprint": stage.fingerprint,
+        "teacher": stage.inputs["teacher"],
+        "packed": stage.inputs["packed"],
+        "changed": stage.differences() if last and last["fingerprint"] != stage.fingerprint else None,
+    }
+    if resume:
+        say(f"continuing from {resume} (step {entry['step']}), mode {mode}")
+    if last and last["mode"] != mode:
+        say(f"mode changes from {last['mode']} to {mode} at step {entry['step']}")
+    with path.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(entry, sort_keys=True) + "\n")
+
+
+def _finish(trainer: Any, stage: StageFolder, tokenizer: LoadedTokenizer, result: Any) -> dict[str, Any]:
+    """Write `final/` and `best/`, then the manifest."""
+    final = stage.path / "final"
+    partial = stage.path / ".final.tmp"
+    manifest: dict[str, Any] = {}
+    if trainer.args.should_save:
+        if partial.exists():
+            shutil.rmtree(partial)
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(partial)
+        tokenizer.hf.save_pretrained(partial)
+        fsync_folder(partial)
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        if trainer.state.best_model_checkpoint is not None:
+            _copy_model(Path(trainer.state.best_model_checkpoint), stage.path / "best", tokenizer)
+        weights = {p.name: sha256_file(p) for p in sorted(final.glob("*.safetensors"))}
+        manifest = {
+            "kind": "student",
+            "fingerprint": stage.fingerprint,
+            "steps": trainer.state.global_step,
+            "train_loss": result.training_loss,
+            "best_step": trainer.state.best_global_step,
+            "best_eval_loss": trainer.state.best_metric,
+            "parameters": sum(p.numel() for p in trainer.model.parameters()),
+            "weights": weights,
+        }
+        write_manifest(stage.path, manifest)
+        say(f"trained {trainer.state.global_step} steps; weights in {final}")
+    trainer.accelerator.wait_for_everyone()
+    return manifest
+
+
+def _copy_model(source: Path, target: Path, tokenizer: LoadedTokenizer | None = None) -> None:
+    """Copy a model folder's weights, config and tokenizer, without optimizer state, in one rename."""
+    partial = target.with_name(f".{target.name}.tmp")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    for path in source.iterdir():
+        if path.suffix in (".json", ".safetensors", ".jinja") and path.name not in (
+            "trainer_state.json",
+            "manifest.json",
+        ):
+            shutil.copy2(path, partial / path.name)
+    if tokenizer is not None:
+        tokenizer.hf.save_pretrained(partial)
+    if target.exists():
+        shutil.rmtree(target)
+    partial.rename(target)
+
+
+def student_folder(folder: Path) -> Path:
+    """The finished model inside a training folder.
+
+    Raises:
+        IncompleteError: the run is unfinished.
+        LimbeckError: the folder was not written by training.
+    """
+    from limbeck.storage import read_manifest
+
+    if read_manifest(folder, "train").get("kind") != "student":
+        raise LimbeckError(f"{folder} is no training folder; name the folder given to training.output_dir.")
+    return folder / "final"
