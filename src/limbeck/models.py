@@ -173,20 +173,22 @@ def keeps_documents_apart(model: Any) -> bool:
 
     device = next(model.parameters()).device
     vocab = model.get_input_embeddings().weight.shape[0]
-    first, second = 5, 6
-    ids = (torch.arange(first + second, device=device) * 7 + 3) % vocab
-    positions = torch.cat([torch.arange(first), torch.arange(second)]).to(device)
+    border, length = 5, 11
+    ids = ((torch.arange(length, device=device) * 7 + 3) % vocab)[None]
+    positions = torch.cat([torch.arange(border), torch.arange(length - border)]).to(device)[None]
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            together = model(input_ids=ids[None], position_ids=positions[None], use_cache=False).logits[0, first:]
-            alone = model(input_ids=ids[None, first:], use_cache=False).logits[0]
+            packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0, border:].float()
+            plain = model(input_ids=ids, use_cache=False).logits[0, border:].float()
+            alone = model(input_ids=ids[:, border:], use_cache=False).logits[0].float()
     except (ValueError, RuntimeError, NotImplementedError):
         return False  # a kernel that refuses packed rows says the same thing
     finally:
         model.train(training)
-    return bool(torch.allclose(together.float(), alone.float(), rtol=2e-2, atol=2e-2))
+    # What one document does to the next in an ordinary row is the scale to judge the packed row by.
+    return bool((packed - alone).abs().max() <= 0.1 * (plain - alone).abs().max())
 
 
 def require_packing(model: Any, role: str) -> None:

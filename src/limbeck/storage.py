@@ -118,9 +118,11 @@ def read_manifest(folder: Path, stage: str) -> dict[str, Any]:
     return manifest
 
 
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Mark `folder` complete. Call it after every other file is in place."""
-    write_json(folder / MANIFEST, {"schema_version": SCHEMA_VERSION, **manifest})
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Mark `folder` complete and return what was written. Call it after every other file is in place."""
+    whole = {"schema_version": SCHEMA_VERSION, **manifest}
+    write_json(folder / MANIFEST, whole)
+    return whole
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -52,11 +52,16 @@ class PackedRows:
         starts[:, 1:] = self.doc_ids[:, 1:] != self.doc_ids[:, :-1]
         return index - torch.where(starts, index, 0).cummax(dim=1).values
 
-    def model_inputs(self, attention: str) -> dict[str, torch.Tensor]:
-        """Arguments of a causal LM's forward for `attention: per_document | packed`."""
+    def model_inputs(self, attention: str) -> dict[str, Any]:
+        """Arguments of a causal LM's forward for `attention: per_document | packed`.
+
+        `use_cache=False` is part of it: with a key/value cache transformers does not derive the block-causal
+        mask from the positions, and documents would silently see each other.
+        """
+        inputs: dict[str, Any] = {"input_ids": self.input_ids, "use_cache": False}
         if attention == "per_document":
-            return {"input_ids": self.input_ids, "position_ids": self.position_ids}
-        return {"input_ids": self.input_ids}
+            inputs["position_ids"] = self.position_ids
+        return inputs
 
     def to(self, device: torch.device | str) -> "PackedRows":
         """The same rows on another device."""

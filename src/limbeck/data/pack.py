@@ -103,7 +103,7 @@ def pack(config: DatasetConfig, tokenizer: LoadedTokenizer, folder: Path, *, for
         stage.clear()
         raise LimbeckError(f"dataset {config.name!r} gave no training rows; it has {total_documents} documents.")
     (folder / _PROGRESS).unlink(missing_ok=True)
-    write_manifest(folder, manifest)
+    manifest = write_manifest(folder, manifest)
     tokens = sum(split["tokens"] for split in manifest["splits"].values())
     seconds = time.perf_counter() - started
     say(f"packed {total_documents} documents, {tokens:,} tokens in {seconds:.1f} s ({tokens / seconds:,.0f} tokens/s)")

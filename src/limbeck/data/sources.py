@@ -139,14 +139,18 @@ class HubSource:
 
         config = self._config
         try:
-            rows = datasets.load_dataset(
-                config.name,
-                config.config_name,
-                split=config.split,
-                streaming=config.streaming,
-                revision=config.revision,
-            )
-        except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+            if _is_saved(Path(config.name)):
+                saved = datasets.load_from_disk(config.name)
+                rows = saved[config.split] if isinstance(saved, datasets.DatasetDict) else saved
+            else:
+                rows = datasets.load_dataset(
+                    config.name,
+                    config.config_name,
+                    split=config.split,
+                    streaming=config.streaming,
+                    revision=config.revision,
+                )
+        except (ValueError, KeyError, OSError, datasets.exceptions.DatasetsError) as error:
             raise LimbeckError(f"dataset {config.name!r} could not be opened: {error}") from error
         for number, row in enumerate(rows):
             if config.text_column not in row:
@@ -196,16 +200,23 @@ def open_source(config: DatasetConfig) -> Source:
             )
             raise LimbeckError(f"no {', '.join(SUFFIXES)} files found in {path}.{hint}")
         return FileSource([(str(p.relative_to(path)), p) for p in files], config.text_column)
-    if path.is_absolute() or config.name.startswith(("./", "../")):
+    if not path.exists() and (path.is_absolute() or config.name.startswith(("./", "../"))):
         raise LimbeckError(f"dataset.name is {config.name}, which does not exist.")
     return HubSource(config)
 
 
 def _is_hub_folder(config: DatasetConfig, path: Path) -> bool:
-    """A local dataset repository: it has a dataset card, or the recipe asks for a configuration of it."""
-    return config.config_name is not None or (
-        (path / "README.md").is_file() and "configs:" in _read_text(path / "README.md")
-    )
+    """A dataset repository or `save_to_disk` folder: a configuration is asked for, or its layout says so."""
+    if config.config_name is not None or _is_saved(path):
+        return True
+    if any(p.suffix in SUFFIXES and p.name != "README.md" for p in path.iterdir()) or config.recursive:
+        return False
+    return (path / "data").is_dir() or (path / "dataset_infos.json").is_file()
+
+
+def _is_saved(path: Path) -> bool:
+    """Written by `Dataset.save_to_disk`."""
+    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
 def _read_text(path: Path) -> str:

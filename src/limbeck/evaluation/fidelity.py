@@ -160,7 +160,7 @@ def _hidden(model: Any, rows: PackedRows, attention: str) -> tuple[torch.Tensor,
 
     device = next(model.parameters()).device
     with head_replaced(model.get_output_embeddings(), keep):
-        model(**rows.to(device).model_inputs(attention), use_cache=False)
+        model(**rows.to(device).model_inputs(attention))
     return seen[0], _Head(model)
 
 

@@ -152,12 +152,14 @@ class SparseTargets:
                 )
             log_z.append(self.log_z[..., index] + torch.log1p(-lost))
         # l_i stays as it was: p_1(i) = exp(l_i - log Z_1), and log Z_1 is now slightly below 0.
-        return self._replace(
-            token_ids=torch.where(keep, self.token_ids, PAD_ID),
-            logprobs=torch.where(keep, self.logprobs, -math.inf),
-            log_z=torch.stack(log_z, dim=-1),
-            vocab_size=vocab_size,
-        )
+        order = keep.logical_not().to(torch.int8).argsort(dim=-1, stable=True)[..., :vocab_size]  # unused places last
+        fills = {"token_ids": PAD_ID, "logprobs": -math.inf, "weights": 0.0}
+        changed = {
+            name: torch.where(keep, tensor, fills[name]).gather(-1, order)
+            for name, tensor in self.tensors().items()
+            if name in fills
+        }
+        return self._replace(**changed, log_z=torch.stack(log_z, dim=-1), vocab_size=vocab_size)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors by name: what a data loader carries from worker to trainer."""

@@ -78,8 +78,7 @@ def build_cache(recipe: Recipe, folder: Path, *, force: bool = False) -> dict[st
         if any(shard.file not in finished for shard in plan):
             say(f"rank {rank} of {world} is done; the last rank to finish writes the manifest")
             return {}
-        manifest = _manifest(stage, codec_spec(teacher, recipe), data, plan, finished)
-        write_manifest(folder, manifest)
+        manifest = write_manifest(folder, _manifest(stage, codec_spec(teacher, recipe), data, plan, finished))
         journal.remove()
     return manifest
 

@@ -111,7 +111,7 @@ class LocalTeacher:
 
         # Autocast is the student's; the teacher speaks in the precision of its own weights.
         with torch.autocast(device.type, enabled=False), head_replaced(head, targets_of):
-            self.model(**moved.model_inputs(self.attention), use_cache=False)
+            self.model(**moved.model_inputs(self.attention))
         shape = moved.input_ids.shape
         return found[0].with_tensors({n: t.reshape(*shape, t.shape[-1]) for n, t in found[0].tensors().items()})
 

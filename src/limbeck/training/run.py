@@ -26,6 +26,7 @@ from limbeck.models import build_student, embedded_vocab_size, model_identity, r
 from limbeck.storage import (
     INPUTS,
     StageFolder,
+    atomic_write_text,
     folder_lock,
     fsync_folder,
     read_json,
@@ -108,34 +109,35 @@ def _train_one(recipe: Recipe, folder: Path, start: Path | None) -> dict[str, An
         say(f"{folder} is complete")
         return dict(read_json(folder / "manifest.json"))
     with folder_lock(folder):
-        _begin(stage, recipe)
+        changed = _begin(stage, recipe)
         student = _student(recipe, tokenizer, start)
         trainer = _trainer(recipe, folder, student, teacher, rows, held_out)
         resume = _resume_point(recipe, folder)
-        _record_provenance(stage, recipe, resume)
+        _record_provenance(stage, recipe, resume, changed)
         result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         return _finish(trainer, stage, tokenizer, result)
 
 
-def _begin(stage: StageFolder, recipe: Recipe) -> None:
-    recorded = stage.recorded()
+def _begin(stage: StageFolder, recipe: Recipe) -> str | None:
+    """Start or continue the folder; returns what changed when `resume_from` allows other inputs."""
+    recorded, changed = stage.recorded(), None
     if recorded is not None and recorded != stage.fingerprint and recipe.training.resume_from is not None:
-        say(f"continuing {stage.path} with a change ({stage.differences()})")
+        changed = stage.differences()
+        say(f"continuing {stage.path} with a change ({changed})")
         for name in ("manifest.json", INPUTS):
             (stage.path / name).unlink(missing_ok=True)
         write_json(stage.path / INPUTS, {"fingerprint": stage.fingerprint, "inputs": stage.inputs})
     stage.begin()
     remove_partial(stage.path)
     text = yaml.safe_dump(json.loads(recipe.model_dump_json()), sort_keys=False)
-    (stage.path / "recipe.yaml").write_text(text, encoding="utf-8")
+    atomic_write_text(stage.path / "recipe.yaml", text)
+    return changed
 
 
 def _student(recipe: Recipe, tokenizer: LoadedTokenizer, start: Path | None) -> Any:
-    special = {
-        "bos_token_id": tokenizer.hf.bos_token_id,
-        "eos_token_id": tokenizer.eos_id,
-        "pad_token_id": tokenizer.hf.pad_token_id,
-    }
+    special = {"bos_token_id": tokenizer.hf.bos_token_id, "eos_token_id": tokenizer.eos_id}
+    if tokenizer.hf.pad_token_id not in special.values():  # an embedding row named padding never learns
+        special["pad_token_id"] = tokenizer.hf.pad_token_id
     section = recipe.student.model_copy(update={"model": str(start), "config": {}}) if start else recipe.student
     student = build_student(section, tokenizer.vocab_size, recipe.seed, special)
     count = sum(parameter.numel() for parameter in student.parameters())
@@ -182,7 +184,7 @@ def _resume_point(recipe: Recipe, folder: Path) -> Path | None:
     return own
 
 
-def _record_provenance(stage: StageFolder, recipe: Recipe, resume: Path | None) -> None:
+def _record_provenance(stage: StageFolder, recipe: Recipe, resume: Path | None, changed: str | None) -> None:
     """Append one line: where this run starts, in which mode, from which teacher and data."""
     path = stage.path / "provenance.jsonl"
     last = json.loads(path.read_text().splitlines()[-1]) if path.exists() else None
@@ -194,7 +196,7 @@ def _record_provenance(stage: StageFolder, recipe: Recipe, resume: Path | None) 
         "fingerprint": stage.fingerprint,
         "teacher": stage.inputs["teacher"],
         "packed": stage.inputs["packed"],
-        "changed": stage.differences() if last and last["fingerprint"] != stage.fingerprint else None,
+        "changed": changed,
     }
     if resume:
         say(f"continuing from {resume} (step {entry['step']}), mode {mode}")

@@ -1,0 +1,164 @@
+"""The command line: exit codes, one JSON document, nearest names, and a pipeline that skips what is done."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from conftest import digest, limbeck
+from limbeck.config import Recipe
+from limbeck.errors import ConfigError
+from limbeck.pipeline import plan, run_pipeline
+from limbeck.recipe import ALIASES, keys, load_recipe, parse_flags
+
+
+def test_help_is_light():
+    """No heavy import happens for --help; the time itself is the benchmark's business."""
+    code = "import sys; from limbeck.cli import main; main(['--help']); print([m for m in sys.modules if m in HEAVY])"
+    heavy = "HEAVY = {'torch', 'transformers', 'datasets', 'pyarrow', 'h5py', 'numpy', 'pydantic'}; "
+    done = subprocess.run([sys.executable, "-c", heavy + code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["runn", "x.yaml"], "did you mean `limbeck run`"),
+        (["run"], "needs a recipe"),
+        (["run", "nowhere.yaml"], "does not exist"),
+        (["config", "show", "--loss.alhpa", "0.7"], "did you mean --loss.alpha"),
+        (["config", "show", "--alhpa", "0.7"], "did you mean --alpha"),
+        (["config", "show", "--loss.alpha", "2"], "loss.alpha"),
+        (["config", "show", "--loss.alpha", "high"], "loss.alpha"),
+        (["config", "show", "--training.bf16", "--training.fp16"], "choose one"),
+        (["train", "stray"], "does not exist"),
+    ],
+)
+def test_bad_usage_is_exit_code_2(words, message, tmp_path):
+    done = limbeck(*words, check=False, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") <= 3
+    assert not list(tmp_path.iterdir())
+
+
+def test_errors_are_json_too(tmp_path):
+    done = limbeck("config", "show", "--loss.alhpa", "1", "--json", check=False)
+    assert json.loads(done.stdout)["exit_code"] == 2
+
+
+def test_misspelt_keys_in_files_name_the_nearest(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("teacher:\n  topk: 5\n")
+    with pytest.raises(ConfigError, match=r"unknown key teacher.topk; did you mean teacher.top_k"):
+        load_recipe(path)
+
+
+def test_flags_are_the_same_as_keys():
+    assert parse_flags(["--loss.alpha", "0.7", "--bf16", "--lr=1e-3", "--keep_last_checkpoints", "2"]) == {
+        "loss": {"alpha": 0.7},
+        "training": {"bf16": True, "learning_rate": 1e-3, "save_total_limit": 2},
+    }
+    recipe = load_recipe(
+        None, parse_flags(["--seq-len", "128", "--report-to", "[wandb]", "--student.config.model_type", "llama"])
+    )
+    assert recipe.dataset.max_length == 128
+    assert recipe.training.report_to == ["wandb"]
+    known = dict(keys())
+    assert not [target for target in ALIASES.values() if target not in known]
+
+
+def test_the_users_keys_are_there():
+    known = dict(keys())
+    for key in """
+        teacher.use_cached_logits teacher.cache_dir teacher.top_k loss.alpha loss.temperature training.num_train_epochs
+        training.per_device_train_batch_size training.gradient_accumulation_steps training.learning_rate
+        training.warmup_steps training.bf16 parameter_lr_multipliers stages.enabled stages.configs dataset.name
+        dataset.config_name dataset.split dataset.text_column dataset.max_length dataset.max_samples
+    """.split():
+        assert key in known
+
+
+def test_schema_and_show():
+    schema = json.loads(limbeck("config", "schema").stdout)
+    assert "loss" in schema["properties"]
+    shown = json.loads(limbeck("config", "show", "--kl-weight", "0.25", "--json").stdout)
+    assert shown["loss"]["alpha"] == 0.25
+    assert Recipe.model_validate(shown)
+
+
+def test_run_is_whole_then_done_then_partly_redone(recipe_tree, recipe_file, tmp_path):
+    recipe_tree["pipeline"] = {"ce_baseline": True, "generate": True}
+    recipe_file.write_text(json.dumps(recipe_tree))
+    dry = json.loads(limbeck("run", recipe_file, "--dry-run", "--json").stdout)
+    assert {stage["state"] for stage in dry["stages"]} == {"to run"}
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("data/*"))
+    done = json.loads(limbeck("run", recipe_file, "--json").stdout)
+    names = ["pack", "cache", "train", "train_ce", "evaluate", "generate"]
+    assert [(s["name"], s["state"]) for s in done["stages"]] == [(name, "done") for name in names]
+    for model in ("teacher", "student_kd", "student_ce"):
+        scores = done["evaluation"][model]
+        assert {"loss", "perplexity", "bits_per_byte", "kl_to_teacher", "top1_agreement"} <= scores.keys()
+    assert done["evaluation"]["teacher"]["kl_to_teacher"] < 1e-9
+    before = digest(tmp_path / "run", "*.safetensors", "*.h5", "*.parquet")
+
+    again = load_recipe(recipe_file)
+    assert {stage.state for stage in run_pipeline(again).stages} == {"skipped"}
+    assert digest(tmp_path / "run", "*.safetensors", "*.h5", "*.parquet") == before
+
+    changed = load_recipe(recipe_file, {"loss": {"alpha": 0.25}})
+    assert [s.state for s in plan(changed)] == ["done", "done", "to run", "done", "to run", "to run"]
+    states = {stage.name: stage.state for stage in run_pipeline(changed).stages}
+    assert states == {
+        "pack": "skipped", "cache": "skipped", "train": "done", "train_ce": "skipped",
+        "evaluate": "done", "generate": "done",
+    }  # fmt: skip
+    # The earlier result was set aside, not lost, and comes back with its settings.
+    assert {stage.state for stage in run_pipeline(again).stages} == {"skipped"}
+    after = digest(tmp_path / "run" / "student", "final/*.safetensors")
+    assert next(iter(after.values())) == before["student/final/model.safetensors"]
+
+
+def test_single_commands_make_what_they_need(recipe_file, tmp_path, corpus):
+    out = tmp_path / "elsewhere"
+    packed = json.loads(limbeck("data", "pack", "--input", corpus, "--output", out, "--max-seq-length", "64",
+                                "--tokenizer", "tiny-python", "--json", cwd=tmp_path).stdout)  # fmt: skip
+    assert packed["output"] == str(out)
+    assert (out / "manifest.json").exists()
+    again = limbeck("data", "pack", "--input", corpus, "--output", out, "--max-seq-length", "32",
+                    "--tokenizer", "tiny-python", check=False, cwd=tmp_path)  # fmt: skip
+    assert again.returncode == 1
+    assert "64 -> 32" in again.stderr
+    kept = limbeck("data", "pack", "--input", corpus, "--output", out, "--max-seq-length", "32", "--skip-existing",
+                   "--tokenizer", "tiny-python", cwd=tmp_path)  # fmt: skip
+    assert "kept as it is" in kept.stderr
+    trained = json.loads(limbeck("train", recipe_file, "--pretrain-ce-only", "--json").stdout)
+    assert [s["name"] for s in trained["stages"]] == ["pack", "train"]
+    scores = json.loads(limbeck("eval", recipe_file, "--json").stdout)
+    assert scores["student"]["tokens"] > 0
+    text = json.loads(limbeck("generate", recipe_file, "--prompt", "def f", "--max-new-tokens", "4", "--json").stdout)
+    assert text["text"].startswith("def f")
+
+
+def test_two_runs_cannot_write_one_folder(recipe_file, recipe, tmp_path):
+    from limbeck.storage import folder_lock
+
+    with folder_lock(recipe.root):
+        done = limbeck("run", recipe_file, check=False)
+    assert done.returncode == 1
+    assert "another limbeck process" in done.stderr
+
+
+def test_a_cache_from_elsewhere_needs_no_teacher(recipe_tree, recipe_file, recipe, tmp_path):
+    """Cache on one machine, copy the folder, train on another that has no teacher weights."""
+    import shutil
+
+    limbeck("teacher", "cache", recipe_file)
+    shutil.copytree(recipe.cache_dir, tmp_path / "brought")
+    shutil.rmtree(recipe.root)
+    tree = {**recipe_tree, "teacher": {"cache_dir": str(tmp_path / "brought"), "top_k": 16},
+            "tokenizer": {"name": "tiny-python"}}  # fmt: skip
+    recipe_file.write_text(json.dumps(tree))
+    states = json.loads(limbeck("train", recipe_file, "--json").stdout)["stages"]
+    assert [(s["name"], s["state"]) for s in states] == [("pack", "done"), ("cache", "skipped"), ("train", "done")]

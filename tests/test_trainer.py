@@ -1,0 +1,289 @@
+"""The trainer: accumulation, ranks, resuming, modes, frozen parameters, fused experts."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import tiny_model
+from limbeck import DistillationArguments, DistillationTrainer, LocalTeacher, TeacherCache
+from limbeck.config import Recipe
+from limbeck.errors import ConfigError, CorruptError, LimbeckError
+from limbeck.teachers.build_cache import build_cache
+from limbeck.training.run import train
+
+
+def arguments(folder, **changes):
+    settings = {
+        "output_dir": str(folder), "max_steps": 2, "per_device_train_batch_size": 8, "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant", "logging_steps": 1, "report_to": "none", "use_cpu": True,
+        "save_strategy": "no",
+        "disable_tqdm": True, "max_grad_norm": 0.0, "seed": 0, "data_seed": 0,
+    }  # fmt: skip
+    return DistillationArguments(**{**settings, **changes})
+
+
+def trained(packed, folder, model=None, teacher="local", **changes):
+    if teacher == "local":
+        teacher = LocalTeacher(tiny_model(seed=9), top_k=8)
+    trainer = DistillationTrainer(
+        model or tiny_model(), arguments(folder, **changes), teacher=teacher, train_dataset=packed
+    )
+    trainer.train()
+    return trainer
+
+
+def weights(model):
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def largest_difference(first, second) -> float:
+    assert first.keys() == second.keys()
+    return max(float((first[name].float() - second[name].float()).abs().max()) for name in first)
+
+
+def with_changes(recipe_tree, **sections) -> Recipe:
+    tree = json.loads(json.dumps(recipe_tree))
+    for name, changes in sections.items():
+        tree[name] = {**tree.get(name, {}), **changes} if isinstance(changes, dict) else changes
+    return Recipe.model_validate(tree)
+
+
+def test_eight_by_one_is_one_by_eight(packed, tmp_path):
+    """Documents differ in length, so a mean of micro-batch means would not pass."""
+    whole = trained(packed, tmp_path / "a", per_device_train_batch_size=8)
+    parts = trained(packed, tmp_path / "b", per_device_train_batch_size=1, gradient_accumulation_steps=8)
+    assert largest_difference(weights(whole.model), weights(parts.model)) < 1e-5
+    losses = [[entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in (whole, parts)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+RANK_SCRIPT = """
+import sys, torch
+sys.path.insert(0, sys.argv[3])
+from conftest import tiny_model
+from limbeck import DistillationArguments, DistillationTrainer, LocalTeacher
+from limbeck.data.dataset import PackedDataset
+from test_trainer import arguments
+packed, out = PackedDataset(sys.argv[1]), sys.argv[2]
+args = arguments(out, per_device_train_batch_size=4, ddp_backend="gloo")
+teacher = LocalTeacher(tiny_model(seed=9), top_k=8)
+trainer = DistillationTrainer(tiny_model(), args, teacher=teacher, train_dataset=packed)
+trainer.train()
+assert args.world_size == 2
+trainer.save_model(out)
+if trainer.is_world_process_zero():
+    torch.save([e["loss"] for e in trainer.state.log_history if "loss" in e], out + "/losses.pt")
+"""
+
+
+def test_two_gloo_ranks_are_one_process(packed, tmp_path):
+    one = trained(packed, tmp_path / "one", per_device_train_batch_size=8)
+    script = tmp_path / "ranks.py"
+    script.write_text(RANK_SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    tests = str(Path(__file__).parent)
+    done = subprocess.run(
+        [*command, str(packed.folder), str(tmp_path / "two"), tests],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = load_file(tmp_path / "two" / "model.safetensors")
+    mine = {name: value for name, value in weights(one.model).items() if name in two}
+    assert len(mine) == len(two)
+    assert largest_difference(mine, two) < 1e-5
+    losses = torch.load(tmp_path / "two" / "losses.pt", weights_only=True)
+    assert losses == pytest.approx([e["loss"] for e in one.state.log_history if "loss" in e], abs=1e-5)
+
+
+def test_every_trainable_parameter_changes_and_frozen_ones_do_not(packed, tmp_path, capsys):
+    model = tiny_model(tie_word_embeddings=False)
+    before = weights(model)
+    trained(packed, tmp_path, model, parameter_lr_multipliers=[("mlp", 0.0), ("embed", 0.5)])
+    after = weights(model)
+    frozen = [name for name in before if "mlp" in name]
+    assert frozen
+    for name in before:
+        assert torch.equal(before[name], after[name]) == (name in frozen), name
+
+
+def test_multipliers_scale_and_typos_are_refused(packed, tmp_path):
+    trainer = trained(packed, tmp_path / "a", parameter_lr_multipliers=[("mlp", 0.1), ("mlp|attn", 10.0)])
+    rates = {group["name"]: group["lr"] for group in trainer.optimizer.param_groups}
+    assert rates["mlp (matrices)"] == pytest.approx(1e-4)
+    assert rates["mlp|attn (matrices)"] == pytest.approx(1e-2)
+    assert rates["all others (vectors)"] == pytest.approx(1e-3)
+    assert sum(len(g["params"]) for g in trainer.optimizer.param_groups) == len(list(trainer.model.parameters()))
+    for group in trainer.optimizer.param_groups:
+        assert group["weight_decay"] == 0.0
+    with pytest.raises(ConfigError, match="'expert' matches no parameter"):
+        trained(packed, tmp_path / "b", parameter_lr_multipliers=[("expert", 0.1)])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "activation_checkpointing"])
+def test_precision_and_activation_checkpointing_train_alike(packed, tmp_path, precision):
+    plain = trained(packed, tmp_path / "a")
+    other = trained(packed, tmp_path / "b", **{precision: True})
+    limit = 5e-3 if precision == "bf16" else 1e-6
+    assert largest_difference(weights(plain.model), weights(other.model)) < limit
+    assert all(p.dtype == torch.float32 for p in other.model.parameters())
+
+
+def test_any_dataset_of_input_ids_will_do(tmp_path):
+    """Somebody else's script: plain lists of ids of various lengths, with Hugging Face labels."""
+    items = [
+        {"input_ids": list(range(5, 5 + n)), "labels": [-100] * 3 + list(range(8, 5 + n))} for n in (9, 6, 12, 7)
+    ] * 4
+    trainer = trained(items, tmp_path, per_device_train_batch_size=4)
+    assert trainer.state.global_step == 2
+    batch = trainer.data_collator(items[:2])
+    assert batch["labels"][1].tolist() == [-100, -100, 8, 9, 10, -100, -100, -100, -100]
+
+
+def test_undeclared_temperature_is_refused_at_start(packed, tmp_path):
+    with pytest.raises(ConfigError, match=r"loss.temperature is 3.0 and the teacher declares \[1.0, 2.0\]"):
+        trained(packed, tmp_path, temperature=3.0)
+
+
+def test_cached_and_local_teachers_train_the_same_student(recipe, packed, teacher_folder, tmp_path):
+    from limbeck.models import load_causal_lm
+
+    build_cache(recipe, recipe.cache_dir)
+    cached = trained(packed, tmp_path / "a", teacher=TeacherCache(recipe.cache_dir), dataloader_num_workers=1)
+    local = LocalTeacher(load_causal_lm(str(teacher_folder), dtype="float32"), top_k=16)
+    direct = trained(packed, tmp_path / "b", teacher=local)
+    losses = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (cached, direct)]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-3)
+
+
+def test_a_resumed_run_ends_with_the_same_bytes(recipe_tree, recipe, packed, tmp_path, monkeypatch):
+    settings = {"max_steps": 6, "save_steps": 2, "eval_steps": 2, "use_cached_logits": False}
+    training = {**recipe_tree["training"], **{k: v for k, v in settings.items() if k != "use_cached_logits"}}
+    recipe = with_changes(recipe_tree, training=training, teacher={"use_cached_logits": False})
+    train(recipe, tmp_path / "whole")
+    original = DistillationTrainer._save_checkpoint
+    saved = 0
+
+    def dies(self, model, trial):
+        nonlocal saved
+        original(self, model, trial)
+        saved += 1
+        if saved == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(DistillationTrainer, "_save_checkpoint", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, tmp_path / "cut")
+    monkeypatch.setattr(DistillationTrainer, "_save_checkpoint", original)
+    (tmp_path / "cut" / "checkpoint-5").mkdir()  # half a checkpoint, as a kill would leave it
+    train(recipe, tmp_path / "cut")
+    for name in ("final/model.safetensors", "best/model.safetensors"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    lines = [json.loads(line) for line in (tmp_path / "cut" / "provenance.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 4]
+    assert not (tmp_path / "cut" / "checkpoint-5").exists()
+    assert not list((tmp_path / "cut").rglob("training_args.bin"))
+
+
+def test_modes_change_on_the_same_run_and_are_recorded(recipe_tree, packed, tmp_path, capsys):
+    folder = tmp_path / "run" / "student"
+    base = recipe_tree["training"]
+    ce = with_changes(recipe_tree, training={**base, "mode": "ce", "max_steps": 2, "save_steps": 2})
+    train(ce, folder)
+    first = (folder / "final" / "model.safetensors").read_bytes()
+    kd = with_changes(
+        recipe_tree,
+        training={**base, "max_steps": 4, "save_steps": 2, "resume_from": str(folder)},
+        teacher={"use_cached_logits": False},
+    )
+    without = kd.model_copy(update={"training": kd.training.model_copy(update={"resume_from": None})})
+    with pytest.raises(LimbeckError, match="made from other inputs"):
+        train(without, folder)
+    train(kd, folder)
+    assert (folder / "final" / "model.safetensors").read_bytes() != first
+    lines = [json.loads(line) for line in (folder / "provenance.jsonl").read_text().splitlines()]
+    assert [(line["mode"], line["step"]) for line in lines] == [("ce", 0), ("distill", 2)]
+    assert "teacher" in lines[1]["changed"]
+    log = (folder / "training.log").read_text()
+    assert "KL Loss" in log.splitlines()[-1]
+
+
+def test_log_lines_have_the_promised_form(recipe_tree, packed, tmp_path):
+    recipe = with_changes(recipe_tree, teacher={"use_cached_logits": False})
+    train(recipe, tmp_path / "student")
+    lines = (tmp_path / "student" / "training.log").read_text().splitlines()
+    import re
+
+    assert re.fullmatch(r"\[     2/      4\] loss=\d+\.\d\d lr=\S+ gnorm=\d+\.\d tok/s=\d+ elapsed=\d+s", lines[0]), (
+        lines[0]
+    )
+    assert re.fullmatch(r"Step 2: Total Loss: \d+\.\d{4}, CE Loss: \d+\.\d{4}, KL Loss: \d+\.\d{4}", lines[1]), lines[1]
+
+
+def test_stages_train_what_they_name(recipe_tree, packed, tmp_path):
+    recipe = with_changes(
+        recipe_tree,
+        training={**recipe_tree["training"], "mode": "ce"},
+        stages={
+            "enabled": True,
+            "configs": [
+                {"stage_name": "mlp_only", "max_steps": 2, "parameter_lr_multipliers": [
+                    {"pattern": "mlp", "lr_multiplier": 1.0}, {"pattern": ".*", "lr_multiplier": 0.0}]},
+                {"stage_name": "everything", "max_steps": 2},
+            ],
+        },
+    )  # fmt: skip
+    train(recipe, tmp_path / "student")
+    from limbeck.data.tokenizer import recipe_tokenizer
+    from limbeck.training.run import _student
+
+    start = weights(_student(recipe, recipe_tokenizer(recipe), None))
+    first = load_file(tmp_path / "student" / "mlp_only" / "final" / "model.safetensors")
+    second = load_file(tmp_path / "student" / "everything" / "final" / "model.safetensors")
+    assert second.keys() == load_file(tmp_path / "student" / "final" / "model.safetensors").keys()
+    for name in first:
+        assert torch.equal(first[name], start[name]) == ("mlp" not in name), name
+        assert not torch.equal(first[name], second[name]), name
+
+
+def test_a_damaged_checkpoint_is_named(recipe_tree, packed, tmp_path):
+    recipe = with_changes(recipe_tree, training={**recipe_tree["training"], "mode": "ce", "save_steps": 2})
+    train(recipe, tmp_path / "student")
+    (tmp_path / "student" / "manifest.json").unlink()
+    path = tmp_path / "student" / "checkpoint-4" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CorruptError, match=r"checkpoint-4.*missing or damaged"):
+        train(recipe, tmp_path / "student")
+
+
+def test_fused_experts_survive_resume(packed, tmp_path):
+    """transformers #48805: the Trainer's own loading leaves fused expert weights at their initialisation."""
+    experts = {
+        "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+        "head_dim": 16, "decoder_sparse_step": 1, "tie_word_embeddings": False,
+    }  # fmt: skip
+    whole = trained(packed, tmp_path / "a", tiny_model(**experts), save_strategy="steps", save_steps=1, max_steps=2)
+    resumed = DistillationTrainer(
+        tiny_model(**experts, seed=5), arguments(tmp_path / "a", max_steps=2, save_strategy="no"),
+        teacher=whole.teacher, train_dataset=packed,
+    )  # fmt: skip
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))
+    assert any("experts" in name for name in weights(whole.model))
+    assert largest_difference(weights(whole.model), weights(resumed.model)) == 0.0
+
+
+def test_rotation_keeps_the_newest_and_the_best(recipe_tree, packed, tmp_path):
+    recipe = with_changes(
+        recipe_tree,
+        training={**recipe_tree["training"], "mode": "ce", "max_steps": 6, "save_steps": 1, "save_total_limit": 2},
+    )
+    train(recipe, tmp_path / "student")
+    kept = sorted(path.name for path in (tmp_path / "student").glob("checkpoint-*"))
+    assert kept == ["checkpoint-5", "checkpoint-6"]
