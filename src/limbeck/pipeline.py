@@ -5,6 +5,7 @@ folder that is complete with the same hash is found done; one with another hash 
 (and moved back when the recipe goes back); everything else is made, or continued where it was killed.
 """
 
+import contextlib
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from limbeck import ranks
 from limbeck.config import Recipe
 from limbeck.console import say
 from limbeck.data.pack import pack, pack_inputs
@@ -42,6 +44,7 @@ class Node:
         make: makes or continues it.
         after: names of the nodes it reads.
         explicit: the user named the folder, so it is never moved aside.
+        shared: all ranks of a torchrun make it together; other nodes are rank 0's.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Node:
     make: Callable[[StageFolder], object]
     after: tuple[str, ...] = ()
     explicit: bool = False
+    shared: bool = False
 
     def stage(self) -> StageFolder:
         """The node's folder with its inputs."""
@@ -144,7 +148,7 @@ def _cache_node(recipe: Recipe) -> Node:
 
         build_cache(recipe, stage.path)
 
-    return Node("cache", recipe.cache_dir, inputs, make, ("pack",), recipe.teacher.cache_dir is not None)
+    return Node("cache", recipe.cache_dir, inputs, make, ("pack",), recipe.teacher.cache_dir is not None, shared=True)
 
 
 def _train_node(recipe: Recipe, name: str, folder: Path, after: tuple[str, ...]) -> Node:
@@ -160,7 +164,7 @@ def _train_node(recipe: Recipe, name: str, folder: Path, after: tuple[str, ...])
 
     # A changed mode with resume_from goes on in the same folder, by the user's own word.
     kept = recipe.training.output_dir is not None or recipe.training.resume_from is not None
-    return Node(name, folder, inputs, make, after, explicit=kept)
+    return Node(name, folder, inputs, make, after, explicit=kept, shared=True)
 
 
 def _evaluate_node(recipe: Recipe, students: dict[str, Path], after: tuple[str, ...]) -> Node:
@@ -248,7 +252,7 @@ def run_pipeline(
     """
     report = RunReport()
     nodes = select(build_nodes(recipe), last)
-    with folder_lock(recipe.root):
+    with folder_lock(recipe.root) if ranks.rank() == 0 else contextlib.nullcontext():
         for node in nodes:
             started = time.perf_counter()
             if keep_existing and node.name == last and (node.folder / MANIFEST).exists():
@@ -265,7 +269,20 @@ def run_pipeline(
     return report
 
 
+def _follow(node: Node) -> str:
+    """What ranks other than 0 do: share the nodes that all ranks make, and wait for the rest."""
+    stage = node.stage()
+    if node.shared:
+        ranks.wait_until(lambda: stage.recorded() == stage.fingerprint, f"rank 0 to begin {node.folder}")
+        if not stage.is_done():
+            node.make(stage)
+    ranks.wait_until(stage.is_done, f"{node.folder} to be finished")
+    return "done"
+
+
 def _run_node(recipe: Recipe, node: Node, *, force: bool) -> str:
+    if ranks.rank() > 0:
+        return _follow(node)
     stage = node.stage()
     if force:
         stage.clear()
@@ -281,6 +298,8 @@ def _run_node(recipe: Recipe, node: Node, *, force: bool) -> str:
         return "skipped"
     say(f"{node.name}: running")
     node.make(stage)
+    if node.shared and ranks.world_size() > 1:
+        ranks.wait_until(stage.is_done, f"the other ranks to finish {node.folder}")
     if not stage.is_done():
         raise LimbeckError(f"{node.name} ended without completing {node.folder}.")
     return "done"

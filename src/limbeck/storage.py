@@ -194,8 +194,10 @@ class StageFolder:
                 found.append(f"{key}: {_short(old)} -> {_short(new)}")
         return "; ".join(found[:4])
 
-    def begin(self) -> None:
+    def begin(self, *, clean: bool = True) -> None:
         """Create the folder and record its inputs; continuing the same inputs changes nothing.
+
+        `clean` deletes a killed writer's temporary files; not while other ranks may be writing theirs.
 
         Raises:
             LimbeckError: the folder was begun with other inputs (names what differs), or holds files
@@ -216,7 +218,8 @@ class StageFolder:
                 f"{self.path} was made from other inputs ({self.differences()}). "
                 "Use another output folder, or --force to replace it."
             )
-        remove_leftovers(self.path)
+        if clean:
+            remove_leftovers(self.path)
 
     def clear(self) -> None:
         """Empty a folder limbeck wrote, keeping its lock; a folder it did not write is left alone.

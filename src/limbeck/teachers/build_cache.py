@@ -4,13 +4,13 @@ The one idea: shards are independent ranges of rows, so ranks of torchrun take e
 redoes only its unfinished shard, and whoever finishes last writes the manifest.
 """
 
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from limbeck import ranks
 from limbeck.config import Recipe
 from limbeck.console import progress, say
 from limbeck.data.dataset import PackedDataset
@@ -54,7 +54,7 @@ def build_cache(recipe: Recipe, folder: Path, *, force: bool = False) -> dict[st
         LimbeckError: the packed data is missing or another tokenizer's, the folder holds another cache and
             `force` is not set, K exceeds the vocabulary, or the codec's round trip costs too much.
     """
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world = ranks.rank(), ranks.world_size()
     tokenizer = recipe_tokenizer(recipe)
     data: dict[str, PackedDataset] = {
         split: PackedDataset(recipe.packed_dir, split, recipe.dataset.train_rows if split == "train" else None)
@@ -69,7 +69,7 @@ def build_cache(recipe: Recipe, folder: Path, *, force: bool = False) -> dict[st
         return dict(read_json(folder / "manifest.json"))
     teacher = open_local(recipe, tokenizer)
     with folder_lock(folder, name=".lock" if world == 1 else f".lock-{rank}"):
-        stage.begin()
+        stage.begin(clean=world == 1)
         journal = ShardJournal(folder, rank)
         plan = list(_plan(data, recipe.teacher.rows_per_shard))
         mine = [shard for number, shard in enumerate(plan) if number % world == rank]

@@ -9,6 +9,7 @@ checkpoint and end with the same bytes as an undisturbed run; other inputs are r
       checkpoint-N/  best/  final/  manifest.json                       (manifest last)
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from limbeck import ranks
 from limbeck.config import Recipe
 from limbeck.console import say, warn
 from limbeck.data.dataset import PackedDataset
@@ -108,12 +110,15 @@ def _train_one(recipe: Recipe, folder: Path, start: Path | None) -> dict[str, An
     if stage.is_done() and recipe.training.resume_from is None:
         say(f"{folder} is complete")
         return dict(read_json(folder / "manifest.json"))
-    with folder_lock(folder):
-        changed = _begin(stage, recipe)
+    main = ranks.rank() == 0
+    with folder_lock(folder) if main else contextlib.nullcontext():
+        changed = _begin(stage, recipe) if main else None
+        ranks.wait_until(lambda: stage.recorded() == stage.fingerprint, f"rank 0 to begin {folder}")
         student = _student(recipe, tokenizer, start)
         trainer = _trainer(recipe, folder, student, teacher, rows, held_out)
         resume = _resume_point(recipe, folder)
-        _record_provenance(stage, recipe, resume, changed)
+        if main:
+            _record_provenance(stage, recipe, resume, changed)
         result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         return _finish(trainer, stage, tokenizer, result)
 
