@@ -141,6 +141,62 @@ def test_single_commands_make_what_they_need(recipe_file, tmp_path, corpus):
     assert text["text"].startswith("def f")
 
 
+def test_bad_input_changes_nothing_on_disk(recipe_tree, recipe_file, tmp_path):
+    """One clear error and exit code 1 or 2, whether the run's folder is new or holds a finished run."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "columns").mkdir()
+    (tmp_path / "columns" / "a.jsonl").write_text('{"body": "x"}\n')
+    cases = [
+        (["--dataset", tmp_path / "empty"], "no .txt"),
+        (["--dataset", tmp_path / "columns"], "no text under 'text'"),
+        (["--dataset", tmp_path / "nowhere"], "does not exist"),
+        (["--teacher.top_k", "5000"], "vocabulary has 4096"),
+        (["--teacher.temperatures", "[3]"], "loss.temperature is 2.0"),
+        (["--loss.alhpa", "1"], "did you mean"),
+        (["--teacher.model", tmp_path / "empty"], "empty"),
+        (["--student.config.model_type", "no_such"], "no_such"),
+        (["--student.config.vocab_size", "100"], "vocab_size is 100 and the tokenizer has 4096"),
+        (["--parameter_lr_multipliers", "[{pattern: expert, lr_multiplier: 2}]"], "matches no parameter"),
+        (["--parameter_lr_multipliers", "[{pattern: '(', lr_multiplier: 2}]"], "not a regular expression"),
+        (["--tokenizer", tmp_path / "empty"], "tokenizer"),
+    ]
+
+    def files():
+        found = sorted(path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock")
+        return {str(path): path.read_bytes() for path in found}
+
+    def refuse_all():
+        for flags, message in cases:
+            code, error = run_in_process("run", recipe_file, *flags)
+            assert code in (1, 2), (flags, error)
+            assert message in error, (flags, error)
+            assert files() == before, flags
+
+    before = files()
+    for flags, message in cases[:3]:
+        code, error = run_in_process("run", recipe_file, *flags)
+        assert code in (1, 2)
+        assert message in error
+        assert files() == before
+        assert not (tmp_path / "run").exists()
+    assert run_in_process("train", recipe_file)[0] == 0
+    before = files()
+    refuse_all()
+
+
+def run_in_process(*words) -> tuple[int, str]:
+    """The command line without a new interpreter: exit code and stderr."""
+    import contextlib
+    import io
+
+    from limbeck.cli import main
+
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
+        code = main([str(word) for word in words])
+    return code, stderr.getvalue()
+
+
 def test_two_runs_cannot_write_one_folder(recipe_file, recipe, tmp_path):
     from limbeck.storage import folder_lock
 

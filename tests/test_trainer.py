@@ -67,7 +67,7 @@ RANK_SCRIPT = """
 import sys, torch
 sys.path.insert(0, sys.argv[3])
 from conftest import tiny_model
-from limbeck import DistillationArguments, DistillationTrainer, LocalTeacher
+from limbeck import DistillationTrainer, LocalTeacher, ranks
 from limbeck.data.dataset import PackedDataset
 from test_trainer import arguments
 packed, out = PackedDataset(sys.argv[1]), sys.argv[2]
@@ -79,6 +79,7 @@ assert args.world_size == 2
 trainer.save_model(out)
 if trainer.is_world_process_zero():
     torch.save([e["loss"] for e in trainer.state.log_history if "loss" in e], out + "/losses.pt")
+ranks.shut_down()
 """
 
 
@@ -242,7 +243,7 @@ def test_stages_train_what_they_name(recipe_tree, packed, tmp_path):
     from limbeck.data.tokenizer import recipe_tokenizer
     from limbeck.training.run import _student
 
-    start = weights(_student(recipe, recipe_tokenizer(recipe), None))
+    start = weights(_student(recipe, recipe_tokenizer(recipe), None, None))
     first = load_file(tmp_path / "student" / "mlp_only" / "final" / "model.safetensors")
     second = load_file(tmp_path / "student" / "everything" / "final" / "model.safetensors")
     assert second.keys() == load_file(tmp_path / "student" / "final" / "model.safetensors").keys()

@@ -141,7 +141,7 @@ def _execute(name: str, words: list[str], as_json: bool) -> int:
     if sub.needs_recipe and path is None:
         raise ConfigError(f"limbeck {name} needs a recipe: `limbeck {name} recipes/quickstart.yaml`.")
     recipe = load_recipe(path, overrides)
-    from limbeck import commands
+    from limbeck import commands, ranks
     from limbeck.console import set_up_logging
 
     set_up_logging()
@@ -149,6 +149,7 @@ def _execute(name: str, words: list[str], as_json: bool) -> int:
     function: commands.Command = getattr(commands, sub.function)
     with contextlib.redirect_stdout(sys.stderr):  # stdout carries the result alone
         result = function(recipe, commands.Options(**switches_given))
+        ranks.shut_down()
     commands.print_result(result, as_json)
     return 0
 

@@ -287,6 +287,15 @@ class Recipe(Section):
     generation: GenerationConfig = Field(default_factory=GenerationConfig, description="Generated sample.")
     pipeline: PipelineConfig = Field(default_factory=PipelineConfig, description="Extent of `limbeck run`.")
 
+    @model_validator(mode="after")
+    def _temperature_is_declared(self) -> "Recipe":
+        if self.distils and self.loss.temperature not in self.temperatures:
+            raise ValueError(
+                f"loss.temperature is {self.loss.temperature} and teacher.temperatures declares "
+                f"{list(self.temperatures)}; add it there, or use one of these"
+            )
+        return self
+
     @property
     def root(self) -> Path:
         """Folder of the run."""

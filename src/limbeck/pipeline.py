@@ -6,7 +6,6 @@ folder that is complete with the same hash is found done; one with another hash 
 """
 
 import contextlib
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -43,7 +42,8 @@ class Node:
         inputs: computes what it is made from; called once the nodes before it are done.
         make: makes or continues it.
         after: names of the nodes it reads.
-        explicit: the user named the folder, so it is never moved aside.
+        aside: where its folder goes when it was made from other inputs; None for a folder the user named,
+            which is refused instead.
         shared: all ranks of a torchrun make it together; other nodes are rank 0's.
     """
 
@@ -52,12 +52,12 @@ class Node:
     inputs: Callable[[], dict[str, Any]]
     make: Callable[[StageFolder], object]
     after: tuple[str, ...] = ()
-    explicit: bool = False
+    aside: Path | None = None
     shared: bool = False
 
     def stage(self) -> StageFolder:
         """The node's folder with its inputs."""
-        return StageFolder(self.folder, _COMMANDS.get(self.name, "run"), self.inputs())
+        return StageFolder(self.folder, _COMMANDS.get(self.name, "run"), self.inputs(), self.aside)
 
 
 _COMMANDS = {"pack": "data pack", "cache": "teacher cache", "train": "train"}
@@ -101,6 +101,11 @@ def build_nodes(recipe: Recipe) -> list[Node]:
     return nodes
 
 
+def _aside(recipe: Recipe, named: Path | None = None) -> Path | None:
+    """Where superseded results of this run go; nowhere for a folder the user named."""
+    return recipe.root / "previous" if named is None else None
+
+
 def _data_nodes(recipe: Recipe) -> list[Node]:
     nodes = []
     if recipe.tokenizer.train_vocab_size is not None:
@@ -120,15 +125,16 @@ def _data_nodes(recipe: Recipe) -> list[Node]:
             trained = train_tokenizer(recipe, stage.path)
             write_manifest(stage.path, {"kind": "tokenizer", "fingerprint": stage.fingerprint, "hash": trained.hash})
 
-        nodes.append(Node("tokenizer", recipe.root / "tokenizer", tokenizer_inputs, make_tokenizer))
+        folder = recipe.root / "tokenizer"
+        nodes.append(Node("tokenizer", folder, tokenizer_inputs, make_tokenizer, aside=_aside(recipe)))
     nodes.append(
         Node(
             "pack",
             recipe.packed_dir,
             lambda: pack_inputs(recipe.dataset, open_source(recipe.dataset), recipe_tokenizer(recipe)),
-            lambda stage: pack(recipe.dataset, recipe_tokenizer(recipe), stage.path),
+            lambda stage: pack(recipe.dataset, recipe_tokenizer(recipe), stage.path, aside=stage.aside),
             after=tuple(node.name for node in nodes),
-            explicit=recipe.dataset.packed_dir is not None,
+            aside=_aside(recipe, recipe.dataset.packed_dir),
         )
     )
     return nodes
@@ -146,9 +152,10 @@ def _cache_node(recipe: Recipe) -> Node:
     def make(stage: StageFolder) -> None:
         from limbeck.teachers.build_cache import build_cache
 
-        build_cache(recipe, stage.path)
+        build_cache(recipe, stage.path, aside=stage.aside)
 
-    return Node("cache", recipe.cache_dir, inputs, make, ("pack",), recipe.teacher.cache_dir is not None, shared=True)
+    aside = _aside(recipe, recipe.teacher.cache_dir)
+    return Node("cache", recipe.cache_dir, inputs, make, ("pack",), aside, shared=True)
 
 
 def _train_node(recipe: Recipe, name: str, folder: Path, after: tuple[str, ...]) -> Node:
@@ -160,11 +167,11 @@ def _train_node(recipe: Recipe, name: str, folder: Path, after: tuple[str, ...])
     def make(stage: StageFolder) -> None:
         from limbeck.training.run import train
 
-        train(recipe, stage.path)
+        train(recipe, stage.path, aside=stage.aside)
 
     # A changed mode with resume_from goes on in the same folder, by the user's own word.
-    kept = recipe.training.output_dir is not None or recipe.training.resume_from is not None
-    return Node(name, folder, inputs, make, after, explicit=kept, shared=True)
+    aside = _aside(recipe, recipe.training.output_dir or recipe.training.resume_from)
+    return Node(name, folder, inputs, make, after, aside, shared=True)
 
 
 def _evaluate_node(recipe: Recipe, students: dict[str, Path], after: tuple[str, ...]) -> Node:
@@ -187,7 +194,7 @@ def _evaluate_node(recipe: Recipe, students: dict[str, Path], after: tuple[str, 
         write_results(stage.path, results)
         write_manifest(stage.path, {"kind": "evaluation", "fingerprint": stage.fingerprint})
 
-    return Node("evaluate", recipe.root / "evaluation", inputs, make, after)
+    return Node("evaluate", recipe.root / "evaluation", inputs, make, after, _aside(recipe))
 
 
 def _generate_node(recipe: Recipe) -> Node:
@@ -204,7 +211,7 @@ def _generate_node(recipe: Recipe) -> Node:
         atomic_write_text(stage.path / "sample.txt", generate(recipe, str(recipe.student_dir / "final")))
         write_manifest(stage.path, {"kind": "sample", "fingerprint": stage.fingerprint})
 
-    return Node("generate", recipe.root / "sample", inputs, make, ("train",))
+    return Node("generate", recipe.root / "sample", inputs, make, ("train",), _aside(recipe))
 
 
 def select(nodes: Sequence[Node], last: str | None) -> list[Node]:
@@ -232,7 +239,7 @@ def plan(recipe: Recipe, last: str | None = None) -> list[StageReport]:
     pending: set[str] = set()
     reports = []
     for node in select(build_nodes(recipe), last):
-        to_run = bool(pending & set(node.after)) or not (node.stage().is_done() or _previous(recipe, node).is_done())
+        to_run = bool(pending & set(node.after)) or not (node.stage().is_done() or node.stage().earlier())
         if to_run:
             pending.add(node.name)
         reports.append(StageReport(node.name, "to run" if to_run else "done", 0.0))
@@ -290,10 +297,7 @@ def _run_node(recipe: Recipe, node: Node, *, force: bool) -> str:
     if stage.is_done() and not resumes:
         say(f"{node.name}: found done")
         return "skipped"
-    recorded = stage.recorded()
-    if recorded is not None and recorded != stage.fingerprint and not node.explicit:
-        _set_aside(recipe, node, recorded)
-    if _bring_back(recipe, node, stage):
+    if _bring_back(stage):
         say(f"{node.name}: found done (an earlier run with these settings)")
         return "skipped"
     say(f"{node.name}: running")
@@ -305,29 +309,12 @@ def _run_node(recipe: Recipe, node: Node, *, force: bool) -> str:
     return "done"
 
 
-def _previous(recipe: Recipe, node: Node) -> StageFolder:
-    stage = node.stage()
-    return StageFolder(_previous_path(recipe, node, stage.fingerprint), stage.stage, stage.inputs)
-
-
-def _previous_path(recipe: Recipe, node: Node, fingerprint: str) -> Path:
-    return recipe.root / "previous" / f"{node.folder.name}-{fingerprint[:12]}"
-
-
-def _set_aside(recipe: Recipe, node: Node, recorded: str) -> None:
-    """Move a folder made from other inputs to `previous/`: a changed key never deletes a result."""
-    target = _previous_path(recipe, node, recorded)
-    target.parent.mkdir(exist_ok=True)
-    if target.exists():
-        shutil.rmtree(target)
-    node.folder.rename(target)
-    say(f"{node.name}: made with other settings before; that result is now {target}")
-
-
-def _bring_back(recipe: Recipe, node: Node, stage: StageFolder) -> bool:
-    """Move a complete earlier result of these very inputs back into place."""
-    earlier = _previous(recipe, node)
-    if node.folder.exists() or not earlier.is_done():
+def _bring_back(stage: StageFolder) -> bool:
+    """Put a complete earlier result of these very inputs back, setting aside what is in its place."""
+    earlier = stage.earlier()
+    if earlier is None:
         return False
-    earlier.path.rename(node.folder)
-    return stage.is_done()
+    if stage.path.exists():
+        stage.set_aside()
+    earlier.path.rename(stage.path)
+    return True

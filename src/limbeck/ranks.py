@@ -5,6 +5,7 @@ stages that all ranks share (the cache's shards, training) start once rank 0 has
 """
 
 import os
+import sys
 import time
 from collections.abc import Callable
 
@@ -29,3 +30,13 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
         if time.monotonic() - said > 60:
             said = time.monotonic()
             say(f"rank {rank()} has waited {said - started:.0f} s for {what}")
+
+
+def shut_down() -> None:
+    """Leave the process group together; a rank that exits while another still talks would abort it."""
+    if world_size() > 1 and "torch" in sys.modules:
+        import torch
+
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()

@@ -147,6 +147,7 @@ def folder_lock(folder: Path, name: str = ".lock") -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
+    created = [path for path in (folder, folder.parent) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / name)
     try:
@@ -158,6 +159,10 @@ def folder_lock(folder: Path, name: str = ".lock") -> Iterator[None]:
     try:
         yield
     finally:
+        if created and [path.name for path in folder.iterdir()] == [name]:  # the work failed before it wrote
+            (folder / name).unlink()
+            for path in created:
+                path.rmdir()
         lock.release()
 
 
@@ -168,6 +173,7 @@ class StageFolder:
     path: Path
     stage: str
     inputs: dict[str, Any]
+    aside: Path | None = None  # where `begin` moves a folder made from other inputs; None refuses it
 
     @property
     def fingerprint(self) -> str:
@@ -204,6 +210,9 @@ class StageFolder:
                 that limbeck did not write.
         """
         recorded = self.recorded()
+        if recorded not in (None, self.fingerprint) and self.aside is not None:
+            self.set_aside()
+            recorded = None
         if recorded is None:
             strangers = [p.name for p in self.path.iterdir()] if self.path.exists() else []
             if strangers and not all(name.startswith(".") for name in strangers):
@@ -220,6 +229,22 @@ class StageFolder:
             )
         if clean:
             remove_leftovers(self.path)
+
+    def set_aside(self) -> None:
+        """Move the folder to `aside`, named by what it was made from: a changed key never deletes a result."""
+        assert self.aside is not None
+        target = self.aside / f"{self.path.name}-{str(self.recorded())[:12]}"
+        self.aside.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            shutil.rmtree(target)
+        self.path.rename(target)
+
+    def earlier(self) -> "StageFolder | None":
+        """The folder that an earlier `begin` set aside and that is complete with these inputs."""
+        if self.aside is None:
+            return None
+        found = StageFolder(self.aside / f"{self.path.name}-{self.fingerprint[:12]}", self.stage, self.inputs)
+        return found if found.is_done() else None
 
     def clear(self) -> None:
         """Empty a folder limbeck wrote, keeping its lock; a folder it did not write is left alone.

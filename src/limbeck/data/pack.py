@@ -79,16 +79,20 @@ def pack_inputs(config: DatasetConfig, source: Source, tokenizer: LoadedTokenize
     }
 
 
-def pack(config: DatasetConfig, tokenizer: LoadedTokenizer, folder: Path, *, force: bool = False) -> dict[str, Any]:
+def pack(
+    config: DatasetConfig, tokenizer: LoadedTokenizer, folder: Path, *, force: bool = False, aside: Path | None = None
+) -> dict[str, Any]:
     """Tokenise and pack a dataset into `folder`; returns the manifest.
 
-    A complete folder made from the same inputs is returned as it is; an unfinished one is continued.
+    A complete folder made from the same inputs is returned as it is; an unfinished one is continued. One made
+    from other inputs is moved into `aside` when that is given.
 
     Raises:
-        LimbeckError: the source has no text, or the folder was made from other inputs and `force` is not set.
+        LimbeckError: the source has no text, or the folder was made from other inputs and neither
+            `force` nor `aside` is given.
     """
     source = open_source(config)
-    stage = StageFolder(folder, "data pack", pack_inputs(config, source, tokenizer))
+    stage = StageFolder(folder, "data pack", pack_inputs(config, source, tokenizer), aside)
     if force:
         stage.clear()
     if stage.is_done():

@@ -47,12 +47,13 @@ def cache_inputs(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def build_cache(recipe: Recipe, folder: Path, *, force: bool = False) -> dict[str, Any]:
+def build_cache(recipe: Recipe, folder: Path, *, force: bool = False, aside: Path | None = None) -> dict[str, Any]:
     """Make (or continue, or find done) the recipe's cache; returns its manifest.
 
     Raises:
-        LimbeckError: the packed data is missing or another tokenizer's, the folder holds another cache and
-            `force` is not set, K exceeds the vocabulary, or the codec's round trip costs too much.
+        LimbeckError: the packed data is missing or another tokenizer's, the folder holds another cache and neither
+            `force` nor `aside` (where to move it) is given, K exceeds the vocabulary, or the codec's round trip
+            costs too much.
     """
     rank, world = ranks.rank(), ranks.world_size()
     tokenizer = recipe_tokenizer(recipe)
@@ -62,7 +63,7 @@ def build_cache(recipe: Recipe, folder: Path, *, force: bool = False) -> dict[st
     }
     first = next(iter(data.values()))
     first.check(tokenizer, recipe.dataset.max_length)
-    stage = StageFolder(folder, "teacher cache", cache_inputs(recipe))
+    stage = StageFolder(folder, "teacher cache", cache_inputs(recipe), aside)
     if force and rank == 0:
         stage.clear()
     if stage.is_done():

@@ -101,6 +101,7 @@ def arguments_from_recipe(recipe: Recipe, output_dir: Path) -> DistillationArgum
         seed=recipe.seed,
         data_seed=recipe.seed,
         disable_tqdm=True,
+        ddp_find_unused_parameters=False,
         alpha=loss.alpha if recipe.distils else 0.0,
         temperature=loss.temperature,
         divergence=loss.divergence,

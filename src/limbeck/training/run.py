@@ -39,6 +39,7 @@ from limbeck.storage import (
 from limbeck.teachers.base import Teacher
 from limbeck.teachers.choose import open_teacher, teacher_inputs
 from limbeck.training.checkpoints import checkpoint_step, newest, remove_partial, resolve_resume
+from limbeck.training.param_groups import build_param_groups, describe_groups
 
 #: Keys of `training` that change how a run is watched or stored, not what it computes.
 _NOT_INPUTS = {
@@ -70,19 +71,29 @@ def training_rows(recipe: Recipe) -> PackedDataset:
     return PackedDataset(recipe.packed_dir, "train", recipe.dataset.train_rows)
 
 
-def train(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    """Train the recipe's student in `folder` (through its stages, if it has any); returns the manifest."""
+def train(recipe: Recipe, folder: Path, *, aside: Path | None = None) -> dict[str, Any]:
+    """Train the recipe's student in `folder` (through its stages, if it has any); returns the manifest.
+
+    A folder trained from other inputs is moved into `aside` when that is given, and refused otherwise.
+    """
     if not recipe.stages.enabled:
-        return _train_one(recipe, folder, None)
+        return _train_one(recipe, folder, None, aside)
+    outer = StageFolder(folder, "train", train_inputs(recipe, training_rows(recipe)), aside)
+    main = ranks.rank() == 0
+    if main:
+        outer.begin(clean=False)
+    ranks.wait_until(lambda: outer.recorded() == outer.fingerprint, f"rank 0 to begin {folder}")
     start: Path | None = None
     manifest: dict[str, Any] = {}
     for stage in recipe.stages.configs:
         say(f"stage {stage.stage_name}")
-        manifest = _train_one(_stage_recipe(recipe, stage), folder / stage.stage_name, start)
+        manifest = _train_one(_stage_recipe(recipe, stage), folder / stage.stage_name, start, None)
         start = folder / stage.stage_name / "final"
     assert start is not None
-    _copy_model(start, folder / "final")
-    write_manifest(folder, {**manifest, "stages": [stage.stage_name for stage in recipe.stages.configs]})
+    if main:
+        _copy_model(start, folder / "final")
+        names = [stage.stage_name for stage in recipe.stages.configs]
+        manifest = write_manifest(folder, {**manifest, "fingerprint": outer.fingerprint, "stages": names})
     return manifest
 
 
@@ -99,22 +110,22 @@ def _stage_recipe(recipe: Recipe, stage: Any) -> Recipe:
     return recipe.model_copy(update=changes)
 
 
-def _train_one(recipe: Recipe, folder: Path, start: Path | None) -> dict[str, Any]:
+def _train_one(recipe: Recipe, folder: Path, start: Path | None, aside: Path | None) -> dict[str, Any]:
     tokenizer = recipe_tokenizer(recipe)
     rows = training_rows(recipe)
     rows.check(tokenizer, recipe.dataset.max_length)
     held_out = PackedDataset(recipe.packed_dir, "validation", recipe.training.eval_rows)
     teacher = open_teacher(recipe, tokenizer, rows) if recipe.distils else None
-    begun_from = sha256_file(start / "model.safetensors") if start else None
-    stage = StageFolder(folder, "train", train_inputs(recipe, rows, begun_from))
+    begun_from = model_identity(str(start))["weights"] if start else None
+    stage = StageFolder(folder, "train", train_inputs(recipe, rows, begun_from), aside)
     if stage.is_done() and recipe.training.resume_from is None:
         say(f"{folder} is complete")
         return dict(read_json(folder / "manifest.json"))
+    student = _student(recipe, tokenizer, start, teacher)  # whatever is wrong with it shows before anything is written
     main = ranks.rank() == 0
     with folder_lock(folder) if main else contextlib.nullcontext():
         changed = _begin(stage, recipe) if main else None
         ranks.wait_until(lambda: stage.recorded() == stage.fingerprint, f"rank 0 to begin {folder}")
-        student = _student(recipe, tokenizer, start)
         trainer = _trainer(recipe, folder, student, teacher, rows, held_out)
         resume = _resume_point(recipe, folder)
         if main:
@@ -139,7 +150,7 @@ def _begin(stage: StageFolder, recipe: Recipe) -> str | None:
     return changed
 
 
-def _student(recipe: Recipe, tokenizer: LoadedTokenizer, start: Path | None) -> Any:
+def _student(recipe: Recipe, tokenizer: LoadedTokenizer, start: Path | None, teacher: Teacher | None) -> Any:
     special = {"bos_token_id": tokenizer.hf.bos_token_id, "eos_token_id": tokenizer.eos_id}
     if tokenizer.hf.pad_token_id not in special.values():  # an embedding row named padding never learns
         special["pad_token_id"] = tokenizer.hf.pad_token_id
@@ -147,6 +158,14 @@ def _student(recipe: Recipe, tokenizer: LoadedTokenizer, start: Path | None) -> 
     student = build_student(section, tokenizer.vocab_size, recipe.seed, special)
     count = sum(parameter.numel() for parameter in student.parameters())
     say(f"student: {type(student).__name__}, {count:,} parameters, float32 weights")
+    if recipe.dataset.attention == "per_document":
+        require_packing(student, "student")
+    if teacher is not None and teacher.vocab_size != embedded_vocab_size(student):
+        warn(
+            f"the teacher's vocabulary has {teacher.vocab_size} ids and the student's "
+            f"{embedded_vocab_size(student)}; ids only one of them has get probability 0 on the other side"
+        )
+    build_param_groups(student, 1.0, 0.0, [(m.pattern, m.lr_multiplier) for m in recipe.parameter_lr_multipliers])
     return student
 
 
@@ -159,17 +178,9 @@ def _trainer(
     held_out: PackedDataset,
 ) -> Any:
     from limbeck.training.arguments import arguments_from_recipe
-    from limbeck.training.param_groups import describe_groups
     from limbeck.training.trainer import DistillationTrainer
 
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "runs"))
-    if recipe.dataset.attention == "per_document":
-        require_packing(student, "student")
-    if teacher is not None and teacher.vocab_size != embedded_vocab_size(student):
-        warn(
-            f"the teacher's vocabulary has {teacher.vocab_size} ids and the student's "
-            f"{embedded_vocab_size(student)}; ids only one of them has get probability 0 on the other side"
-        )
     trainer = DistillationTrainer(
         model=student,
         args=arguments_from_recipe(recipe, folder),
