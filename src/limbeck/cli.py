@@ -51,7 +51,6 @@ _SUBCOMMANDS: dict[str, _Subcommand] = {
         "train",
         "train the student, with its teacher or with cross-entropy alone",
         ("dry-run", "force"),
-        {"output-dir": "training.output_dir"},
     ),
     "eval": _Subcommand(
         "evaluate",

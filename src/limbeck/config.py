@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Positive = Annotated[float, Field(gt=0.0)]
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 
@@ -76,7 +77,7 @@ class SamplingConfig(Section):
 
     head: Annotated[int, Field(ge=0)] = Field(32, description="The most likely ids, kept exactly.")
     draws: PositiveInt = Field(32, description="Draws, with replacement, from the rest of the vocabulary.")
-    seed: int = Field(0, description="Seed of the draws; the same rows always get the same draws.")
+    seed: Seed = Field(0, description="Seed of the draws; the same rows always get the same draws.")
 
 
 class TeacherConfig(Section):
@@ -101,7 +102,9 @@ class TeacherConfig(Section):
         description="Precision of the teacher's weights; `auto`: the checkpoint's own, but float32 on a CPU without "
         "bfloat16 instructions.",
     )
-    device: str | None = Field(None, description="Device of the teacher (cpu, cuda, cuda:1); default the student's.")
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:[0-9]+)?)$")] | None = Field(
+        None, description="Device of the teacher (cpu, cuda, cuda:1); default the student's."
+    )
     batch_size: PositiveInt | None = Field(None, description="Rows in one forward pass; default by max_batch_tokens.")
     max_batch_tokens: PositiveInt = Field(8192, description="Tokens in one forward pass of the teacher.")
     rows_per_shard: PositiveInt = Field(256, description="Packed rows in one HDF5 shard of the cache.")
@@ -168,7 +171,7 @@ class TrainingConfig(Section):
 
     output_dir: Path | None = Field(None, description="Folder of checkpoints and `final/`; default OUTPUT_DIR/student.")
     mode: Literal["distill", "ce"] = Field("distill", description="`ce` trains without a teacher.")
-    max_steps: int = Field(-1, ge=-1, description="Optimizer steps; -1 goes by num_train_epochs.")
+    max_steps: Literal[-1] | PositiveInt = Field(-1, description="Optimizer steps; -1 goes by num_train_epochs.")
     num_train_epochs: Positive = Field(1.0, description="Passes over the training rows when max_steps is -1.")
     per_device_train_batch_size: PositiveInt = Field(8, description="Rows in one micro-batch of a device.")
     per_device_eval_batch_size: PositiveInt = Field(8, description="Rows in one evaluation batch.")
@@ -192,18 +195,31 @@ class TrainingConfig(Section):
     logging_steps: PositiveInt = Field(10, description="Steps between log lines.")
     eval_steps: PositiveInt | None = Field(None, description="Steps between evaluations; default none.")
     eval_rows: PositiveInt | None = Field(64, description="Held-out rows of an evaluation during training.")
-    save_steps: PositiveInt | None = Field(None, description="Steps between checkpoints; default only `final/`.")
+    save_steps: PositiveInt | None = Field(
+        None, description="Steps between checkpoints; default eval_steps, or only at the end. Must divide eval_steps."
+    )
     save_total_limit: PositiveInt | None = Field(3, description="Newest checkpoints kept, beside the best one.")
     resume: bool = Field(True, description="Continue from the newest whole checkpoint in output_dir.")
     resume_from: Path | None = Field(None, description="Continue from this checkpoint of another run or mode.")
-    report_to: list[str] = Field(["tensorboard"], description="Trackers: tensorboard, wandb, trackio; [] for none.")
-    device: str | None = Field(None, description="cpu, or cuda; default the best there is.")
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        ["tensorboard"], description="Trackers: tensorboard, wandb, trackio; [] for none."
+    )
+    device: Literal["cpu", "cuda"] | None = Field(None, description="cpu or cuda; default cuda where there is one.")
     dataloader_num_workers: Annotated[int, Field(ge=0)] = Field(0, description="Processes that read and collate rows.")
 
     @model_validator(mode="after")
     def _one_precision(self) -> "TrainingConfig":
         if self.bf16 is True and self.fp16:
             raise ValueError("training.bf16 and training.fp16 are both true; choose one")
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_saved(self) -> "TrainingConfig":
+        if self.eval_steps and self.save_steps and self.eval_steps % self.save_steps:
+            raise ValueError(
+                f"training.eval_steps ({self.eval_steps}) is no multiple of training.save_steps ({self.save_steps}), "
+                "so the best step might have no checkpoint; choose multiples"
+            )
         return self
 
 
@@ -222,7 +238,7 @@ class GenerationConfig(Section):
     max_new_tokens: PositiveInt = Field(96, description="Tokens to write.")
     temperature: Annotated[float, Field(ge=0.0)] = Field(0.7, description="0 takes the likeliest token.")
     top_k: Annotated[int, Field(ge=0)] = Field(40, description="Sample among this many; 0: all.")
-    seed: int = Field(0, description="Seed of the sampling.")
+    seed: Seed = Field(0, description="Seed of the sampling.")
     model: Path | None = Field(None, description="Folder of the model `limbeck generate` runs; default the student.")
 
 
@@ -272,7 +288,7 @@ class Recipe(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = Field("run", description="Name of the run.")
     output_dir: Path | None = Field(None, description="Folder of the run; default outputs/NAME.")
-    seed: int = Field(0, description="Seed of initialisation and data order.")
+    seed: Seed = Field(0, description="Seed of initialisation and data order.")
     dataset: DatasetConfig = Field(default_factory=DatasetConfig, description="Text and packing.")
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig, description="Tokenizer.")
     teacher: TeacherConfig = Field(default_factory=TeacherConfig, description="Teacher and its targets.")

@@ -59,6 +59,8 @@ def load_causal_lm(
     Raises:
         LimbeckError: the model is missing, is no causal LM, or has no safetensors weights.
     """
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
@@ -70,7 +72,7 @@ def load_causal_lm(
             use_safetensors=True,
             **changes,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, SafetensorError, StrictDataclassError) as error:
         raise LimbeckError(f"model {name!r} could not be loaded: {error}") from error
 
 
@@ -97,6 +99,7 @@ def build_student(config: StudentConfig, vocab_size: int, seed: int, special_ids
     Raises:
         ConfigError: neither weights nor an architecture are named, or the vocabulary is smaller than the tokenizer's.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
     set_seed(seed)
@@ -111,8 +114,9 @@ def build_student(config: StudentConfig, vocab_size: int, seed: int, special_ids
     elif config.config:
         keys = {"vocab_size": vocab_size, **special_ids, **config.config}
         try:
+            _refuse_unknown_keys(config.config)
             student = AutoModelForCausalLM.from_config(AutoConfig.for_model(**keys))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, ZeroDivisionError, StrictDataclassError) as error:
             raise ConfigError(f"student.config does not describe a causal LM: {error}") from error
     else:
         raise ConfigError("no student: set student.model to pretrained weights or student.config to an architecture.")
@@ -122,6 +126,20 @@ def build_student(config: StudentConfig, vocab_size: int, seed: int, special_ids
             "Raise student.config.vocab_size to at least that."
         )
     return student
+
+
+def _refuse_unknown_keys(config: dict[str, Any]) -> None:
+    """A misspelt size would silently fall back to the architecture's default, often thousands wide."""
+    from difflib import get_close_matches
+
+    from transformers import AutoConfig
+
+    known = {"model_type", "rope_theta", "rope_scaling", *AutoConfig.for_model(config["model_type"]).to_dict()}
+    for key in config:
+        if key not in known:
+            near = get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"student.config has no key {key!r} for model_type {config['model_type']}{hint}")
 
 
 def embedded_vocab_size(model: Any) -> int:
@@ -174,8 +192,9 @@ def keeps_documents_apart(model: Any) -> bool:
     device = next(model.parameters()).device
     vocab = model.get_input_embeddings().weight.shape[0]
     border, length = 5, 11
-    ids = ((torch.arange(length, device=device) * 7 + 3) % vocab)[None]
-    positions = torch.cat([torch.arange(border), torch.arange(length - border)]).to(device)[None]
+    # Two rows: some attention kernels look at the positions of single rows only.
+    ids = ((torch.arange(length, device=device) * 7 + 3) % vocab).repeat(2, 1)
+    positions = torch.cat([torch.arange(border), torch.arange(length - border)]).to(device).repeat(2, 1)
     training = model.training
     model.eval()
     try:
@@ -202,3 +221,34 @@ def require_packing(model: Any, role: str) -> None:
             f"dataset.attention is per_document and the {role} ({type(model).__name__}) does not keep the documents "
             "of a packed row apart. Set dataset.attention: packed, or choose a model with ordinary attention."
         )
+
+
+def verified_transform(model: Any) -> LogitTransform:
+    """What the model does to its logits, checked against its own logits of a few tokens.
+
+    Raises:
+        LimbeckError: it has no linear output embedding, or does something that its config does not tell.
+    """
+    import torch
+
+    head = model.get_output_embeddings()
+    if head is None or getattr(head, "weight", None) is None:
+        raise LimbeckError(f"{type(model).__name__} has no output embedding (lm_head); it is no causal LM.")
+    transform = LogitTransform.of(model.config.get_text_config())
+    seen: list[Any] = []
+    hook = head.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    training = model.training
+    try:
+        model.eval()
+        ids = torch.arange(8, device=head.weight.device).unsqueeze(0) % head.weight.shape[0]
+        with torch.no_grad():
+            logits = model(input_ids=ids, use_cache=False).logits
+    finally:
+        hook.remove()
+        model.train(training)
+    if not torch.allclose(logits.float(), transform(seen[0].float()), rtol=1e-2, atol=1e-2):
+        raise LimbeckError(
+            f"{type(model).__name__} changes its logits after lm_head in a way limbeck does not know "
+            f"(scale {transform.scale}, soft-cap {transform.softcap} read from its config do not reproduce them)."
+        )
+    return transform

@@ -9,6 +9,7 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class Node:
         name: as printed and in `--json`.
         folder: what it writes.
         inputs: computes what it is made from; called once the nodes before it are done.
-        make: makes or continues it.
+        make: makes or continues it; with True, starts over.
         after: names of the nodes it reads.
         aside: where its folder goes when it was made from other inputs; None for a folder the user named,
             which is refused instead.
@@ -50,7 +51,7 @@ class Node:
     name: str
     folder: Path
     inputs: Callable[[], dict[str, Any]]
-    make: Callable[[StageFolder], object]
+    make: Callable[[StageFolder, bool], object]
     after: tuple[str, ...] = ()
     aside: Path | None = None
     shared: bool = False
@@ -120,8 +121,8 @@ def _data_nodes(recipe: Recipe) -> list[Node]:
                 "validation_fraction": dataset.validation_fraction,
             }
 
-        def make_tokenizer(stage: StageFolder) -> None:
-            stage.begin()
+        def make_tokenizer(stage: StageFolder, force: bool) -> None:
+            stage.begin(replace=force)
             trained = train_tokenizer(recipe, stage.path)
             write_manifest(stage.path, {"kind": "tokenizer", "fingerprint": stage.fingerprint, "hash": trained.hash})
 
@@ -132,7 +133,9 @@ def _data_nodes(recipe: Recipe) -> list[Node]:
             "pack",
             recipe.packed_dir,
             lambda: pack_inputs(recipe.dataset, open_source(recipe.dataset), recipe_tokenizer(recipe)),
-            lambda stage: pack(recipe.dataset, recipe_tokenizer(recipe), stage.path, aside=stage.aside),
+            lambda stage, force: pack(
+                recipe.dataset, recipe_tokenizer(recipe), stage.path, aside=stage.aside, force=force
+            ),
             after=tuple(node.name for node in nodes),
             aside=_aside(recipe, recipe.dataset.packed_dir),
         )
@@ -149,10 +152,10 @@ def _cache_node(recipe: Recipe) -> Node:
             return dict(read_json(path)["inputs"])
         return cache_inputs(recipe)
 
-    def make(stage: StageFolder) -> None:
+    def make(stage: StageFolder, force: bool) -> None:
         from limbeck.teachers.build_cache import build_cache
 
-        build_cache(recipe, stage.path, aside=stage.aside)
+        build_cache(recipe, stage.path, aside=stage.aside, force=force)
 
     aside = _aside(recipe, recipe.teacher.cache_dir)
     return Node("cache", recipe.cache_dir, inputs, make, ("pack",), aside, shared=True)
@@ -164,10 +167,10 @@ def _train_node(recipe: Recipe, name: str, folder: Path, after: tuple[str, ...])
 
         return train_inputs(recipe, training_rows(recipe))
 
-    def make(stage: StageFolder) -> None:
+    def make(stage: StageFolder, force: bool) -> None:
         from limbeck.training.run import train
 
-        train(recipe, stage.path, aside=stage.aside)
+        train(recipe, stage.path, aside=stage.aside, force=force)
 
     # A changed mode with resume_from goes on in the same folder, by the user's own word.
     aside = _aside(recipe, recipe.training.output_dir or recipe.training.resume_from)
@@ -184,12 +187,13 @@ def _evaluate_node(recipe: Recipe, students: dict[str, Path], after: tuple[str, 
             "attention": recipe.dataset.attention,
             "max_rows": recipe.evaluation.max_rows,
             "top_k": recipe.teacher.top_k,
+            "dtype": recipe.teacher.dtype,
         }
 
-    def make(stage: StageFolder) -> None:
+    def make(stage: StageFolder, force: bool) -> None:
         from limbeck.evaluation.run import evaluate_recipe, write_results
 
-        stage.begin()
+        stage.begin(replace=force)
         results = evaluate_recipe(recipe, {name: str(folder / "final") for name, folder in students.items()})
         write_results(stage.path, results)
         write_manifest(stage.path, {"kind": "evaluation", "fingerprint": stage.fingerprint})
@@ -204,10 +208,10 @@ def _generate_node(recipe: Recipe) -> Node:
             "generation": recipe.generation.model_dump(mode="json"),
         }
 
-    def make(stage: StageFolder) -> None:
+    def make(stage: StageFolder, force: bool) -> None:
         from limbeck.evaluation.generate import generate
 
-        stage.begin()
+        stage.begin(replace=force)
         atomic_write_text(stage.path / "sample.txt", generate(recipe, str(recipe.student_dir / "final")))
         write_manifest(stage.path, {"kind": "sample", "fingerprint": stage.fingerprint})
 
@@ -239,11 +243,16 @@ def plan(recipe: Recipe, last: str | None = None) -> list[StageReport]:
     pending: set[str] = set()
     reports = []
     for node in select(build_nodes(recipe), last):
-        to_run = bool(pending & set(node.after)) or not (node.stage().is_done() or node.stage().earlier())
+        to_run = bool(pending & set(node.after)) or not _is_made(node.stage())
         if to_run:
             pending.add(node.name)
         reports.append(StageReport(node.name, "to run" if to_run else "done", 0.0))
     return reports
+
+
+def _is_made(stage: StageFolder) -> bool:
+    earlier = stage.earlier()
+    return stage.is_done() or (earlier is not None and earlier.is_done())
 
 
 def run_pipeline(
@@ -259,6 +268,7 @@ def run_pipeline(
     """
     report = RunReport()
     nodes = select(build_nodes(recipe), last)
+    _check_ahead(recipe, {node.name for node in nodes}, force)
     with folder_lock(recipe.root) if ranks.rank() == 0 else contextlib.nullcontext():
         for node in nodes:
             started = time.perf_counter()
@@ -281,8 +291,7 @@ def _follow(node: Node) -> str:
     stage = node.stage()
     if node.shared:
         ranks.wait_until(lambda: stage.recorded() == stage.fingerprint, f"rank 0 to begin {node.folder}")
-        if not stage.is_done():
-            node.make(stage)
+        node.make(stage, False)
     ranks.wait_until(stage.is_done, f"{node.folder} to be finished")
     return "done"
 
@@ -291,17 +300,15 @@ def _run_node(recipe: Recipe, node: Node, *, force: bool) -> str:
     if ranks.rank() > 0:
         return _follow(node)
     stage = node.stage()
-    if force:
-        stage.clear()
     resumes = node.name == "train" and recipe.training.resume_from is not None
-    if stage.is_done() and not resumes:
+    if stage.is_done() and not (resumes or force):
         say(f"{node.name}: found done")
         return "skipped"
-    if _bring_back(stage):
+    if not force and _bring_back(stage) and stage.is_done():
         say(f"{node.name}: found done (an earlier run with these settings)")
         return "skipped"
     say(f"{node.name}: running")
-    node.make(stage)
+    node.make(stage, force)
     if node.shared and ranks.world_size() > 1:
         ranks.wait_until(stage.is_done, f"the other ranks to finish {node.folder}")
     if not stage.is_done():
@@ -309,8 +316,25 @@ def _run_node(recipe: Recipe, node: Node, *, force: bool) -> str:
     return "done"
 
 
+def _check_ahead(recipe: Recipe, names: set[str], force: bool) -> None:
+    """Refuse at once what a late stage would refuse after hours of the earlier ones."""
+    if "train" in names and recipe.student.model is None and not recipe.student.config:
+        raise ConfigError("no student: set student.model to pretrained weights or student.config to an architecture.")
+    if "evaluate" in names and recipe.dataset.validation_fraction == 0.0:
+        raise ConfigError("dataset.validation_fraction is 0 and the run ends with held-out scores; raise it.")
+    if force and ranks.world_size() > 1:
+        raise ConfigError("--force starts over in one process; run it once without torchrun first.")
+    if "train" in names:
+        for tracker in recipe.training.report_to:
+            if find_spec(tracker) is None:
+                raise ConfigError(
+                    f"training.report_to names {tracker}, which is not installed. Install it "
+                    f"(`pip install {tracker}`), or set report_to to []."
+                )
+
+
 def _bring_back(stage: StageFolder) -> bool:
-    """Put a complete earlier result of these very inputs back, setting aside what is in its place."""
+    """Put an earlier result of these very inputs back, setting aside what is in its place."""
     earlier = stage.earlier()
     if earlier is None:
         return False

@@ -124,11 +124,15 @@ def parse_flags(
                 position += 1
             else:
                 value = "true"
-        _place(tree, key.split("."), _parse_value(value, word))
+        _place(tree, key.split("."), _parse_value(value, word, known.get(key)))
     return tree
 
 
-def _parse_value(text: str, flag: str) -> Any:
+def _parse_value(text: str, flag: str, field: Any) -> Any:
+    """A flag's value: the text itself for keys that hold text or a path, YAML for the others."""
+    kinds = {field.annotation, *typing.get_args(field.annotation)} if field is not None else set()
+    if kinds & {str, Path}:
+        return None if text == "null" and type(None) in kinds else text
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:

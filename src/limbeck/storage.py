@@ -5,6 +5,7 @@ written last and atomically. `inputs.json` is written first and says what the fo
 so a folder with inputs but no manifest is unfinished work that the same inputs may continue.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from limbeck.errors import CorruptError, IncompleteError, LimbeckError
+from limbeck.errors import CorruptError, IncompleteError, LimbeckError, MismatchError
 
 MANIFEST = "manifest.json"
 INPUTS = "inputs.json"
@@ -98,8 +99,21 @@ def read_json(path: Path) -> Any:
         raise CorruptError(f"{path} is not valid JSON ({error}). Delete it and run the stage again.") from error
 
 
+def fsync_tree(folder: Path) -> list[Path]:
+    """Flush every file of a folder to disk; returns the files, sorted."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:
+        with path.open("rb") as handle:
+            os.fsync(handle.fileno())
+    fsync_folder(folder)
+    return files
+
+
+_KINDS = {"data pack": "packed", "teacher cache": "teacher_cache", "train": "student"}
+
+
 def read_manifest(folder: Path, stage: str) -> dict[str, Any]:
-    """The manifest of a complete folder.
+    """The manifest of a complete folder that `limbeck STAGE` made.
 
     Raises:
         IncompleteError: the folder is absent or has no manifest; the message names the command to run.
@@ -114,6 +128,11 @@ def read_manifest(folder: Path, stage: str) -> dict[str, Any]:
         raise CorruptError(
             f"{path} has schema version {manifest.get('schema_version')}, this limbeck reads "
             f"{SCHEMA_VERSION}. Make the folder again with `limbeck {stage}`."
+        )
+    if stage in _KINDS and manifest.get("kind") != _KINDS[stage]:
+        raise MismatchError(
+            f"{folder} holds {manifest.get('kind')!r} and {_KINDS[stage]!r} is wanted. Name the folder that "
+            f"`limbeck {stage}` wrote."
         )
     return manifest
 
@@ -136,7 +155,7 @@ def inside(folder: Path, name: str) -> Path:
 def remove_leftovers(folder: Path) -> None:
     """Delete temporary files of a killed writer."""
     for path in folder.glob(".*.tmp"):
-        path.unlink()
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextmanager
@@ -161,8 +180,9 @@ def folder_lock(folder: Path, name: str = ".lock") -> Iterator[None]:
     finally:
         if created and [path.name for path in folder.iterdir()] == [name]:  # the work failed before it wrote
             (folder / name).unlink()
-            for path in created:
-                path.rmdir()
+            with contextlib.suppress(OSError):  # somebody else has put something beside it
+                for path in created:
+                    path.rmdir()
         lock.release()
 
 
@@ -200,8 +220,11 @@ class StageFolder:
                 found.append(f"{key}: {_short(old)} -> {_short(new)}")
         return "; ".join(found[:4])
 
-    def begin(self, *, clean: bool = True) -> None:
+    def begin(self, *, clean: bool = True, replace: bool = False) -> None:
         """Create the folder and record its inputs; continuing the same inputs changes nothing.
+
+        `replace` starts over even from the same inputs: what is there is set aside, or without a place for
+        that deleted.
 
         `clean` deletes a killed writer's temporary files; not while other ranks may be writing theirs.
 
@@ -210,16 +233,14 @@ class StageFolder:
                 that limbeck did not write.
         """
         recorded = self.recorded()
-        if recorded not in (None, self.fingerprint) and self.aside is not None:
+        if recorded is not None and self.aside is not None and (replace or recorded != self.fingerprint):
             self.set_aside()
             recorded = None
+        elif recorded is not None and replace:
+            self.clear()
+            recorded = None
         if recorded is None:
-            strangers = [p.name for p in self.path.iterdir()] if self.path.exists() else []
-            if strangers and not all(name.startswith(".") for name in strangers):
-                raise LimbeckError(
-                    f"{self.path} is not empty and was not written by `limbeck {self.stage}` "
-                    f"(it holds {sorted(strangers)[0]}). Choose another folder."
-                )
+            self.refuse_strangers()
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.path / INPUTS, {"fingerprint": self.fingerprint, "inputs": self.inputs})
         elif recorded != self.fingerprint:
@@ -230,21 +251,38 @@ class StageFolder:
         if clean:
             remove_leftovers(self.path)
 
+    def refuse_strangers(self) -> None:
+        """Refuse a folder that holds files and no record of ours: it is somebody else's."""
+        if self.recorded() is not None or not self.path.exists():
+            return
+        strangers = sorted(path.name for path in self.path.iterdir() if not path.name.startswith("."))
+        if strangers:
+            raise LimbeckError(
+                f"{self.path} is not empty and was not written by `limbeck {self.stage}` "
+                f"(it holds {strangers[0]}). Choose another folder."
+            )
+
+    @contextmanager
+    def lock(self, name: str = ".lock") -> Iterator[None]:
+        """`folder_lock` of this folder, unless it is somebody else's."""
+        self.refuse_strangers()
+        with folder_lock(self.path, name):
+            yield
+
     def set_aside(self) -> None:
         """Move the folder to `aside`, named by what it was made from: a changed key never deletes a result."""
         assert self.aside is not None
-        target = self.aside / f"{self.path.name}-{str(self.recorded())[:12]}"
+        name = f"{self.path.name}-{str(self.recorded())[:12]}"
         self.aside.mkdir(parents=True, exist_ok=True)
-        if target.exists():
-            shutil.rmtree(target)
-        self.path.rename(target)
+        taken = sum(1 for path in self.aside.iterdir() if path.name == name or path.name.startswith(f"{name}."))
+        self.path.rename(self.aside / (f"{name}.{taken}" if taken else name))
 
     def earlier(self) -> "StageFolder | None":
-        """The folder that an earlier `begin` set aside and that is complete with these inputs."""
+        """The folder of these very inputs, finished or not, that an earlier `begin` set aside."""
         if self.aside is None:
             return None
         found = StageFolder(self.aside / f"{self.path.name}-{self.fingerprint[:12]}", self.stage, self.inputs)
-        return found if found.is_done() else None
+        return found if found.recorded() == self.fingerprint else None
 
     def clear(self) -> None:
         """Empty a folder limbeck wrote, keeping its lock; a folder it did not write is left alone.

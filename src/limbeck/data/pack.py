@@ -93,13 +93,17 @@ def pack(
     """
     source = open_source(config)
     stage = StageFolder(folder, "data pack", pack_inputs(config, source, tokenizer), aside)
-    if force:
-        stage.clear()
-    if stage.is_done():
+    if stage.is_done() and not force:
         return dict(read_json(folder / "manifest.json"))
     _refuse_empty(source, config)
-    stage.begin()
+    with stage.lock():
+        stage.begin(replace=force)
+        return _pack(config, source, tokenizer, stage)
+
+
+def _pack(config: DatasetConfig, source: Source, tokenizer: LoadedTokenizer, stage: StageFolder) -> dict[str, Any]:
     started = time.perf_counter()
+    folder = stage.path
     splits = _resume(folder)
     total_documents = _pack_all(config, source, tokenizer, folder, splits)
     manifest = _manifest(config, tokenizer, stage, splits, total_documents)

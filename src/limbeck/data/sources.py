@@ -90,9 +90,13 @@ class FileSource:
                 yield Document(f"{name}:{number}", record[self._column])
 
     def _parquet(self, name: str, path: Path) -> Iterator[Document]:
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        table = pq.ParquetFile(path)
+        try:
+            table = pq.ParquetFile(path)
+        except (pa.ArrowException, OSError) as error:
+            raise LimbeckError(f"{path} cannot be read as Parquet ({error}). Mend or remove it.") from None
         columns = table.schema_arrow.names
         if self._column not in columns:
             raise LimbeckError(
@@ -122,11 +126,11 @@ class HubSource:
             content = fingerprint([[str(p.relative_to(folder)), sha256_file_cached(p)] for p in files])
         else:
             from huggingface_hub import HfApi
-            from huggingface_hub.errors import HfHubHTTPError
+            from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
             try:
                 content = str(HfApi().dataset_info(config.name, revision=config.revision).sha)
-            except (HfHubHTTPError, OSError) as error:
+            except (HfHubHTTPError, HFValidationError, OSError) as error:
                 raise LimbeckError(
                     f"dataset {config.name!r} is neither a file or folder here nor reachable on the hub "
                     f"({type(error).__name__}). Check dataset.name and the network."

@@ -41,8 +41,8 @@ class LoadedTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, added tokens included."""
-        return len(self.hf)
+        """One more than the largest id, added tokens included."""
+        return int(max(self.hf.get_vocab().values())) + 1
 
     def byte_lengths(self) -> np.ndarray:
         """UTF-8 bytes that each id stands for, `[V]` int64; special tokens stand for none.

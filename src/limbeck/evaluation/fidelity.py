@@ -99,18 +99,18 @@ def _score_batch(
     valid = (labels != IGNORE).nonzero().squeeze(-1)
     labels = labels[valid]
     totals = torch.zeros(_TOTALS, dtype=torch.float64)
-    clock = time.perf_counter()
+    clock = _now(model)
     hidden, head = _hidden(model, rows, attention)
-    totals[3] += time.perf_counter() - clock
+    totals[3] += _now(model) - clock
     other = None
     if teacher is not None:
         other = (hidden, head) if teacher is model else _hidden(teacher, rows, attention)
     step = max(1, _CHUNK_BYTES // (4 * head.vocab_size))
     for start in range(0, len(valid), step):
         part = valid[start : start + step]
-        clock = time.perf_counter()
+        clock = _now(model)
         log_q = head.log_probs(hidden, part)
-        totals[3] += time.perf_counter() - clock
+        totals[3] += _now(model) - clock
         target = labels[start : start + step]
         totals[0] += float(-log_q.gather(1, target.to(log_q.device)[:, None]).sum(dtype=torch.float64))
         totals[1] += float(lengths[target].sum())
@@ -119,6 +119,13 @@ def _score_batch(
             log_p = log_q if other[0] is hidden else other[1].log_probs(other[0], part).to(log_q.device)
             totals[4:] += _fidelity(log_p, log_q, top_k)
     return totals
+
+
+def _now(model: Any) -> float:
+    """The clock, once the model's device has done what was asked of it."""
+    if next(model.parameters()).device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _fidelity(log_p: torch.Tensor, log_q: torch.Tensor, top_k: int) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from limbeck.config import Recipe
 from limbeck.data.tokenizer import load_tokenizer
 from limbeck.models import load_causal_lm
-from limbeck.teachers.choose import default_device
+from limbeck.teachers.choose import choose_device
 
 
 def generate(recipe: Recipe, model_name: str) -> str:
@@ -12,7 +12,7 @@ def generate(recipe: Recipe, model_name: str) -> str:
 
     settings = recipe.generation
     tokenizer = load_tokenizer(model_name).hf
-    model = load_causal_lm(model_name, dtype="auto").to(recipe.training.device or default_device()).eval()
+    model = load_causal_lm(model_name, dtype="auto").to(choose_device(recipe.training.device)).eval()
     set_seed(settings.seed)
     inputs = tokenizer(settings.prompt, return_tensors="pt").to(model.device)
     sampling = (

@@ -10,9 +10,9 @@ from limbeck.data.dataset import PackedDataset
 from limbeck.data.tokenizer import LoadedTokenizer, load_tokenizer, recipe_tokenizer, require_same
 from limbeck.errors import LimbeckError
 from limbeck.evaluation.fidelity import evaluate, table
-from limbeck.models import choose_dtype, load_causal_lm
+from limbeck.models import choose_dtype, load_causal_lm, require_packing, verified_transform
 from limbeck.storage import atomic_write_text
-from limbeck.teachers.choose import default_device
+from limbeck.teachers.choose import choose_device
 
 
 def evaluate_recipe(recipe: Recipe, models: dict[str, str]) -> dict[str, dict[str, Any]]:
@@ -31,18 +31,27 @@ def evaluate_recipe(recipe: Recipe, models: dict[str, str]) -> dict[str, dict[st
     teacher = None
     results: dict[str, dict[str, Any]] = {}
     if recipe.teacher.model is not None:
-        teacher = _load(recipe, recipe.teacher.model, tokenizer, recipe.teacher.dtype)
+        section = recipe.teacher
+        source: dict[str, Any] = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
+        teacher = _load(recipe, recipe.teacher.model, tokenizer, section.dtype, section.device, **source)
         results["teacher"] = _scores(recipe, "teacher", teacher, rows, tokenizer, teacher)
     for name, folder in models.items():
-        model = _load(recipe, folder, tokenizer, "auto")
+        model = _load(recipe, folder, tokenizer, "auto", trust_remote_code=recipe.student.trust_remote_code)
         results[name] = _scores(recipe, name, model, rows, tokenizer, teacher)
     return results
 
 
-def _load(recipe: Recipe, name: str, tokenizer: LoadedTokenizer, dtype: str) -> Any:
-    require_same(load_tokenizer(name).hash, tokenizer.hash, f"model {name}", f"data {recipe.packed_dir}")
-    device = recipe.training.device or default_device()
-    return load_causal_lm(name, dtype=choose_dtype(dtype, device)).to(device)
+def _load(
+    recipe: Recipe, name: str, tokenizer: LoadedTokenizer, dtype: str, device: str | None = None, **source: Any
+) -> Any:
+    own = load_tokenizer(name, **source)
+    require_same(own.hash, tokenizer.hash, f"model {name}", f"data {recipe.packed_dir}")
+    where = choose_device(device or recipe.training.device)
+    model = load_causal_lm(name, dtype=choose_dtype(dtype, where), **source).to(where)
+    verified_transform(model)
+    if recipe.dataset.attention == "per_document":
+        require_packing(model, name)
+    return model
 
 
 def _scores(

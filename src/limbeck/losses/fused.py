@@ -159,6 +159,8 @@ class _FusedLoss(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         needs_hidden, needs_weight, needs_bias = (ctx.needs_input_grad[i] for i in range(3))
+        # Loss scaling comes after these products: in float16 small gradients would be gone before it.
+        backward_dtype = torch.float32 if dtype == torch.float16 else dtype
         needs_logits = needs_hidden or needs_weight or needs_bias
         cast_weight = weight.detach().to(dtype)
         grad_hidden = torch.empty(hidden.shape, dtype=exact, device=hidden.device) if needs_hidden else None
@@ -176,11 +178,11 @@ class _FusedLoss(torch.autograd.Function):
                 sums.add(block_loss(block, start + offset, scratch, gradient=needs_logits))
             if not needs_logits:
                 continue
-            dlogits = logits.to(dtype)
+            dlogits = logits.to(backward_dtype)
             if grad_hidden is not None:
-                grad_hidden[start : start + len(chunk)] = dlogits @ cast_weight
+                grad_hidden[start : start + len(chunk)] = dlogits @ cast_weight.to(backward_dtype)
             if grad_weight is not None:
-                _accumulate(grad_weight, dlogits, chunk)
+                _accumulate(grad_weight, dlogits, chunk.to(backward_dtype))
             if grad_bias is not None:
                 grad_bias += logits.sum(dim=0)
         ctx.grads = [grad_hidden, grad_weight, grad_bias]

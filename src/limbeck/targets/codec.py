@@ -76,6 +76,11 @@ class CodecSpec:
 
 def encode(targets: SparseTargets, spec: CodecSpec) -> dict[str, Array]:
     """Encode flattened targets `[N, ...]` into the sections described above."""
+    if not bool(torch.isfinite(targets.log_z).all() and torch.isfinite(targets.logprobs[targets.valid]).all()):
+        raise LimbeckError(
+            "the teacher's log-probabilities are not finite (NaN or infinite logits). Load it in a wider precision: "
+            "teacher.dtype: bfloat16 or float32."
+        )
     ids = targets.token_ids.numpy()
     logprobs = targets.logprobs.numpy().astype(np.float32, copy=False)
     tails = _tails(targets)
@@ -110,7 +115,7 @@ def _draw_counts(targets: SparseTargets, spec: CodecSpec) -> Array:
     tail = 1.0 - log_p[:, :head].double().exp().sum(dim=-1, keepdim=True)
     counts = (weights.double() * num_draws / tail.clamp_min(1e-30)).round()
     counts[:, :head] = 0
-    return counts.clamp(0, 65535).numpy().astype(np.uint16)
+    return counts.clamp(0, num_draws).numpy().astype(np.uint16)
 
 
 def _encode_block(
@@ -122,7 +127,8 @@ def _encode_block(
         logprobs = np.pad(logprobs, missing, constant_values=-math.inf)
         draws = np.pad(draws, missing) if draws is not None else None
     sections: dict[str, Array] = {}
-    distance = logprobs.max(axis=1, keepdims=True) - logprobs
+    # exp(-6e4) is 0 in any precision; the range must stay a float16
+    distance = np.minimum(logprobs.max(axis=1, keepdims=True) - logprobs, np.float32(6e4))
     if variable:
         unused = ids < 0
         sections["used"] = (spec.top_k - unused.sum(axis=1)).astype(np.uint16)
@@ -285,5 +291,8 @@ def measure(original: SparseTargets, decoded: SparseTargets) -> RoundTrip:
         head = torch.where(valid, p * (log_p - log_q), 0.0).double().sum(dim=-1)
         tail_p, tail_q = (1.0 - x.double().sum(dim=-1) for x in (p, q))
         tail = torch.where(tail_p > 1e-7, tail_p * (tail_p / tail_q.clamp_min(1e-7)).clamp_min(1e-30).log(), 0.0)
-        kl[temperature] = max(0.0, float((head + tail).mean()))
+        mean = float((head + tail).mean())
+        if not math.isfinite(mean):
+            raise LimbeckError("the codec's round trip gave values that are not finite. Please report this.")
+        kl[temperature] = max(0.0, mean)
     return RoundTrip(kl=kl, mean_abs_error=float(error))

@@ -9,6 +9,7 @@ records it with its checksum; `manifest.json` comes when all shards are there.
 Shapes: B rows, T positions a row, K support.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,7 @@ class TeacherCache:
         for shard in self._shards:
             check_file(self.folder, shard["file"], shard["sha256"])
         self._open_files: dict[int, Any] = {}
+        self._owner = os.getpid()
 
     def __len__(self) -> int:
         """Number of cached rows."""
@@ -184,6 +186,8 @@ class TeacherCache:
         return targets.with_tensors({name: tensor.unsqueeze(0) for name, tensor in targets.tensors().items()})
 
     def _file(self, shard: int) -> Any:
+        if self._owner != os.getpid():  # a forked worker: HDF5 handles do not survive a fork
+            self._open_files, self._owner = {}, os.getpid()
         if shard not in self._open_files:
             import h5py
 
@@ -191,5 +195,5 @@ class TeacherCache:
         return self._open_files[shard]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Each worker opens the shards itself: HDF5 handles do not survive a fork."""
+        """Open files stay behind: a spawned worker opens the shards itself."""
         return {**self.__dict__, "_open_files": {}}

@@ -1,7 +1,7 @@
 """Fill a cache: run the teacher over the packed rows, shard by shard.
 
 The one idea: shards are independent ranges of rows, so ranks of torchrun take every W-th one, a killed run
-redoes only its unfinished shard, and whoever finishes last writes the manifest.
+redoes only its unfinished shard, and rank 0 writes the manifest when all are there.
 """
 
 import time
@@ -15,7 +15,8 @@ from limbeck.config import Recipe
 from limbeck.console import progress, say
 from limbeck.data.dataset import PackedDataset
 from limbeck.data.tokenizer import recipe_tokenizer
-from limbeck.storage import StageFolder, folder_lock, read_json, write_manifest
+from limbeck.errors import LimbeckError
+from limbeck.storage import StageFolder, read_json, write_manifest
 from limbeck.targets.codec import CODEC_VERSION, CodecSpec
 from limbeck.targets.sparse import SparseTargets
 from limbeck.targets.store import ShardJournal, write_shard
@@ -62,23 +63,25 @@ def build_cache(recipe: Recipe, folder: Path, *, force: bool = False, aside: Pat
         for split in sorted(recipe.teacher.splits)
     }
     first = next(iter(data.values()))
+    if not any(map(len, data.values())):
+        raise LimbeckError(f"{recipe.packed_dir} has no rows in {', '.join(data)}. Choose other teacher.splits.")
     first.check(tokenizer, recipe.dataset.max_length)
     stage = StageFolder(folder, "teacher cache", cache_inputs(recipe), aside)
-    if force and rank == 0:
-        stage.clear()
-    if stage.is_done():
+    if stage.is_done() and not force:
         return dict(read_json(folder / "manifest.json"))
     teacher = open_local(recipe, tokenizer)
-    with folder_lock(folder, name=".lock" if world == 1 else f".lock-{rank}"):
-        stage.begin(clean=world == 1)
+    with stage.lock(".lock" if world == 1 else f".lock-{rank}"):
+        stage.begin(clean=world == 1, replace=force)
         journal = ShardJournal(folder, rank)
         plan = list(_plan(data, recipe.teacher.rows_per_shard))
         mine = [shard for number, shard in enumerate(plan) if number % world == rank]
         _make_shards(recipe, folder, teacher, data, mine, journal)
-        finished = journal.finished()
-        if any(shard.file not in finished for shard in plan):
-            say(f"rank {rank} of {world} is done; the last rank to finish writes the manifest")
+        if rank > 0:
             return {}
+        ranks.wait_until(
+            lambda: all(shard.file in journal.finished() for shard in plan), "the other ranks' shards of the cache"
+        )
+        finished = journal.finished()
         manifest = write_manifest(folder, _manifest(stage, codec_spec(teacher, recipe), data, plan, finished))
         journal.remove()
     return manifest

@@ -30,7 +30,7 @@ def open_local(recipe: Recipe, tokenizer: LoadedTokenizer, rows: PackedDataset |
         raise ConfigError("teacher.model is not set and the recipe distils. Name a model, or set training.mode: ce.")
     own = load_tokenizer(section.model, section.revision, section.trust_remote_code)
     require_same(own.hash, tokenizer.hash, f"teacher {section.model}", f"tokenizer {tokenizer.name}")
-    device = section.device or recipe.training.device or default_device()
+    device = choose_device(section.device or recipe.training.device)
     model = load_causal_lm(
         section.model,
         revision=section.revision,
@@ -105,12 +105,18 @@ def teacher_inputs(recipe: Recipe) -> dict[str, Any] | None:
     return target_inputs(recipe)
 
 
-def default_device() -> str:
-    """cuda (of this rank) when there is one, else cpu."""
+def choose_device(wanted: str | None) -> str:
+    """The device meant: cuda is this rank's own, and unset is cuda where there is one, else cpu.
+
+    Raises:
+        ConfigError: cuda is wanted and there is none.
+    """
     import os
 
     import torch
 
-    if not torch.cuda.is_available():
-        return "cpu"
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    if wanted is None:
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device {wanted} is wanted and torch sees no GPU here. Use cpu, or leave it unset.")
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if wanted == "cuda" else wanted

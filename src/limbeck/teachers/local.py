@@ -13,7 +13,7 @@ import torch
 from limbeck.config import SamplingConfig
 from limbeck.data.dataset import PackedRows
 from limbeck.errors import ConfigError
-from limbeck.models import LogitTransform, embedded_vocab_size, head_replaced
+from limbeck.models import embedded_vocab_size, head_replaced, verified_transform
 from limbeck.targets.sampling import sample_targets
 from limbeck.targets.sparse import SparseTargets, concatenate
 
@@ -64,7 +64,7 @@ class LocalTeacher:
         self._top_k, self._sampling = top_k, sampling
         self._sampling_temperature = sampling_temperature or max(self.temperatures)
         self._budget = max_batch_tokens
-        self._transform = LogitTransform.of(model.config.get_text_config())
+        self._transform = verified_transform(model)
         if 1.0 not in self.temperatures:
             raise ConfigError(f"the declared temperatures are {list(temperatures)}; 1 must be one of them.")
         support = top_k if sampling is None else sampling.head + sampling.draws

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainingArguments
 
 from limbeck.config import Recipe
 from limbeck.models import bfloat16_is_fast
+from limbeck.teachers.choose import choose_device
 
 
 @dataclass
@@ -68,7 +68,7 @@ def arguments_from_recipe(recipe: Recipe, output_dir: Path) -> DistillationArgum
     """The arguments a recipe's `training` and `loss` sections mean."""
     training, loss = recipe.training, recipe.loss
     every = training.save_steps or training.eval_steps or _NEVER
-    on_cpu = training.device == "cpu" or not torch.accelerator.is_available()
+    on_cpu = choose_device(training.device) == "cpu"
     return DistillationArguments(
         output_dir=str(output_dir),
         max_steps=training.max_steps if training.max_steps >= 0 else -1,

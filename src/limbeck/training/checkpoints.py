@@ -4,24 +4,19 @@ The one idea: a checkpoint counts when its `manifest.json` does, which is writte
 in it; whatever a kill left half-written has none and is removed at the next start.
 """
 
-import os
 import re
 import shutil
 from pathlib import Path
 
 from limbeck.errors import CorruptError, LimbeckError
-from limbeck.storage import MANIFEST, fsync_folder, read_json, read_manifest, sha256_file, write_manifest
+from limbeck.storage import MANIFEST, fsync_tree, read_json, sha256_file, write_manifest
 
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 
 
 def seal(folder: Path, step: int) -> None:
     """Record every file of a finished checkpoint with its checksum; after this it is whole."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    for path in files:
-        with path.open("rb") as handle:
-            os.fsync(handle.fileno())
-    fsync_folder(folder)
+    files = [path for path in fsync_tree(folder) if path.name != MANIFEST]
     records = {str(path.relative_to(folder)): sha256_file(path) for path in files}
     write_manifest(folder, {"kind": "checkpoint", "step": step, "files": records})
 
@@ -65,13 +60,21 @@ def verify(folder: Path) -> None:
     Raises:
         CorruptError: a file is missing or altered.
     """
-    for name, checksum in read_manifest(folder, "train")["files"].items():
+    for name, checksum in read_json(folder / MANIFEST)["files"].items():
         path = folder / name
         if not path.is_file() or sha256_file(path) != checksum:
             raise CorruptError(
                 f"{path} is missing or damaged (its checksum is not the recorded one). Delete {folder} to continue "
                 "from the checkpoint before it."
             )
+
+
+def forget_after(folder: Path, step: int) -> None:
+    """Drop checkpoints later than `step`: the run goes on from there, and they belong to what it leaves behind."""
+    for later in (found for found in steps(folder) if found > step):
+        path = folder / f"checkpoint-{later}"
+        (path / MANIFEST).unlink()
+        shutil.rmtree(path)
 
 
 def remove_partial(folder: Path) -> None:

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from transformers.modeling_outputs import CausalLMOutput
 
-from limbeck.errors import LimbeckError
 from limbeck.losses.fused import FusedLossOutput, fused_distillation_loss
-from limbeck.models import LogitTransform, head_replaced
+from limbeck.models import LogitTransform, head_replaced, verified_transform
 from limbeck.targets.sparse import SparseTargets
 
 
@@ -43,29 +42,27 @@ def attach_fused_loss(model: Any) -> None:
         LimbeckError: the model has no linear output embedding, or changes its logits in a way that
             `LogitTransform` does not know.
     """
+    transform = verified_transform(model)
     head = model.get_output_embeddings()
-    if head is None or getattr(head, "weight", None) is None:
-        raise LimbeckError(
-            f"{type(model).__name__} has no output embedding (lm_head); only causal LMs can be students."
-        )
-    transform = LogitTransform.of(model.config.get_text_config())
-    _verify_transform(model, head, transform)
     plain_forward = model.forward
 
     def forward(*args: Any, loss_request: LossRequest | None = None, **kwargs: Any) -> Any:
         if loss_request is None:
             return plain_forward(*args, **kwargs)
-        found: list[FusedLossOutput] = []
+        found: list[tuple[FusedLossOutput, torch.Tensor]] = []
 
         def head_forward(hidden: torch.Tensor) -> torch.Tensor:
-            found.append(_loss(hidden, head, loss_request, transform))
-            # The loss itself leaves the head, so that hooks on its output (FSDP2) see the gradient; three
-            # dimensions because model code slices and scales what it takes for logits.
-            return found[0].loss.reshape(1, 1, 1)
+            parts = _loss(hidden, head, loss_request, transform)
+            # Three dimensions, because model code slices and scales what it takes for logits.
+            found.append((parts, parts.loss.reshape(1, 1, 1)))
+            return found[0][1]
 
         with head_replaced(head, head_forward):
             outputs = plain_forward(*args, **{**kwargs, "use_cache": False})
-        return LossOutput(loss=found[0].loss, parts=found[0], hidden_states=outputs.hidden_states)
+        parts, carried = found[0]
+        # The loss goes on from the very tensor that left the head, so that hooks on the head's output (FSDP2)
+        # see the gradient.
+        return LossOutput(loss=carried.reshape(()), parts=parts, hidden_states=outputs.hidden_states)
 
     model.forward = forward
 
@@ -82,23 +79,3 @@ def _loss(hidden: torch.Tensor, head: Any, request: LossRequest, transform: Logi
         num_items=request.num_items,
         **request.settings,
     )
-
-
-@torch.no_grad()
-def _verify_transform(model: Any, head: Any, transform: LogitTransform) -> None:
-    """Compare the model's own logits of a few tokens with transform(head(hidden))."""
-    seen: list[torch.Tensor] = []
-    hook = head.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    training = model.training
-    try:
-        model.eval()
-        ids = torch.arange(8, device=head.weight.device).unsqueeze(0) % head.weight.shape[0]
-        logits = model(input_ids=ids, use_cache=False).logits
-    finally:
-        hook.remove()
-        model.train(training)
-    if not torch.allclose(logits.float(), transform(seen[0].float()), rtol=1e-2, atol=1e-2):
-        raise LimbeckError(
-            f"{type(model).__name__} changes its logits after lm_head in a way limbeck does not know "
-            f"(scale {transform.scale}, soft-cap {transform.softcap} read from its config do not reproduce them)."
-        )

@@ -23,23 +23,25 @@ from limbeck.config import Recipe
 from limbeck.console import say, warn
 from limbeck.data.dataset import PackedDataset
 from limbeck.data.tokenizer import LoadedTokenizer, recipe_tokenizer
-from limbeck.errors import LimbeckError
 from limbeck.models import build_student, embedded_vocab_size, model_identity, require_packing
 from limbeck.storage import (
     INPUTS,
+    MANIFEST,
     StageFolder,
     atomic_write_text,
-    folder_lock,
-    fsync_folder,
+    fsync_tree,
     read_json,
+    read_manifest,
     sha256_file,
     write_json,
     write_manifest,
 )
 from limbeck.teachers.base import Teacher
 from limbeck.teachers.choose import open_teacher, teacher_inputs
-from limbeck.training.checkpoints import checkpoint_step, newest, remove_partial, resolve_resume
+from limbeck.training.checkpoints import checkpoint_step, forget_after, newest, remove_partial, resolve_resume, steps
 from limbeck.training.param_groups import build_param_groups, describe_groups
+
+_USERS_LOGGING_DIR = os.environ.get("TENSORBOARD_LOGGING_DIR")
 
 #: Keys of `training` that change how a run is watched or stored, not what it computes.
 _NOT_INPUTS = {
@@ -71,23 +73,24 @@ def training_rows(recipe: Recipe) -> PackedDataset:
     return PackedDataset(recipe.packed_dir, "train", recipe.dataset.train_rows)
 
 
-def train(recipe: Recipe, folder: Path, *, aside: Path | None = None) -> dict[str, Any]:
+def train(recipe: Recipe, folder: Path, *, aside: Path | None = None, force: bool = False) -> dict[str, Any]:
     """Train the recipe's student in `folder` (through its stages, if it has any); returns the manifest.
 
-    A folder trained from other inputs is moved into `aside` when that is given, and refused otherwise.
+    A folder trained from other inputs is moved into `aside` when that is given, and refused otherwise; `force`
+    starts over.
     """
     if not recipe.stages.enabled:
-        return _train_one(recipe, folder, None, aside)
+        return _train_one(recipe, folder, None, aside, force)
     outer = StageFolder(folder, "train", train_inputs(recipe, training_rows(recipe)), aside)
     main = ranks.rank() == 0
     if main:
-        outer.begin(clean=False)
+        outer.begin(clean=False, replace=force)
     ranks.wait_until(lambda: outer.recorded() == outer.fingerprint, f"rank 0 to begin {folder}")
     start: Path | None = None
     manifest: dict[str, Any] = {}
     for stage in recipe.stages.configs:
         say(f"stage {stage.stage_name}")
-        manifest = _train_one(_stage_recipe(recipe, stage), folder / stage.stage_name, start, None)
+        manifest = _train_one(_stage_recipe(recipe, stage), folder / stage.stage_name, start, None, False)
         start = folder / stage.stage_name / "final"
     assert start is not None
     if main:
@@ -110,7 +113,7 @@ def _stage_recipe(recipe: Recipe, stage: Any) -> Recipe:
     return recipe.model_copy(update=changes)
 
 
-def _train_one(recipe: Recipe, folder: Path, start: Path | None, aside: Path | None) -> dict[str, Any]:
+def _train_one(recipe: Recipe, folder: Path, start: Path | None, aside: Path | None, force: bool) -> dict[str, Any]:
     tokenizer = recipe_tokenizer(recipe)
     rows = training_rows(recipe)
     rows.check(tokenizer, recipe.dataset.max_length)
@@ -118,32 +121,31 @@ def _train_one(recipe: Recipe, folder: Path, start: Path | None, aside: Path | N
     teacher = open_teacher(recipe, tokenizer, rows) if recipe.distils else None
     begun_from = model_identity(str(start))["weights"] if start else None
     stage = StageFolder(folder, "train", train_inputs(recipe, rows, begun_from), aside)
-    if stage.is_done() and recipe.training.resume_from is None:
+    if stage.is_done() and recipe.training.resume_from is None and not force:
         say(f"{folder} is complete")
         return dict(read_json(folder / "manifest.json"))
     student = _student(recipe, tokenizer, start, teacher)  # whatever is wrong with it shows before anything is written
     main = ranks.rank() == 0
-    with folder_lock(folder) if main else contextlib.nullcontext():
-        changed = _begin(stage, recipe) if main else None
+    with stage.lock() if main else contextlib.nullcontext():
+        changed = _begin(stage, recipe, force) if main else None
         ranks.wait_until(lambda: stage.recorded() == stage.fingerprint, f"rank 0 to begin {folder}")
         trainer = _trainer(recipe, folder, student, teacher, rows, held_out)
-        resume = _resume_point(recipe, folder)
+        resume = _resume_point(recipe, folder, changed) if main else newest(folder)
         if main:
             _record_provenance(stage, recipe, resume, changed)
-        result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        return _finish(trainer, stage, tokenizer, result)
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        return _finish(trainer, stage, tokenizer)
 
 
-def _begin(stage: StageFolder, recipe: Recipe) -> str | None:
+def _begin(stage: StageFolder, recipe: Recipe, force: bool) -> str | None:
     """Start or continue the folder; returns what changed when `resume_from` allows other inputs."""
     recorded, changed = stage.recorded(), None
     if recorded is not None and recorded != stage.fingerprint and recipe.training.resume_from is not None:
         changed = stage.differences()
         say(f"continuing {stage.path} with a change ({changed})")
-        for name in ("manifest.json", INPUTS):
-            (stage.path / name).unlink(missing_ok=True)
+        (stage.path / MANIFEST).unlink(missing_ok=True)
         write_json(stage.path / INPUTS, {"fingerprint": stage.fingerprint, "inputs": stage.inputs})
-    stage.begin()
+    stage.begin(replace=force)
     remove_partial(stage.path)
     text = yaml.safe_dump(json.loads(recipe.model_dump_json()), sort_keys=False)
     atomic_write_text(stage.path / "recipe.yaml", text)
@@ -180,7 +182,7 @@ def _trainer(
     from limbeck.training.arguments import arguments_from_recipe
     from limbeck.training.trainer import DistillationTrainer
 
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "runs"))
+    os.environ["TENSORBOARD_LOGGING_DIR"] = _USERS_LOGGING_DIR or str(folder / "runs")
     trainer = DistillationTrainer(
         model=student,
         args=arguments_from_recipe(recipe, folder),
@@ -193,11 +195,18 @@ def _trainer(
     return trainer
 
 
-def _resume_point(recipe: Recipe, folder: Path) -> Path | None:
-    own = newest(folder) if recipe.training.resume else None
-    if own is None and recipe.training.resume_from is not None:
-        return resolve_resume(recipe.training.resume_from)
-    return own
+def _resume_point(recipe: Recipe, folder: Path, changed: str | None) -> Path | None:
+    """The checkpoint to start from: the newest own one, unless `resume_from` says that something changes there."""
+    wanted = recipe.training.resume_from
+    if wanted is not None and (changed is not None or not steps(folder)):
+        found = resolve_resume(wanted)
+        if found.parent.resolve() == folder.resolve():
+            forget_after(folder, checkpoint_step(found))
+        return found
+    if recipe.training.resume:
+        return newest(folder)
+    forget_after(folder, -1)
+    return None
 
 
 def _record_provenance(stage: StageFolder, recipe: Recipe, resume: Path | None, changed: str | None) -> None:
@@ -222,17 +231,18 @@ def _record_provenance(stage: StageFolder, recipe: Recipe, resume: Path | None, 
         lines.write(json.dumps(entry, sort_keys=True) + "\n")
 
 
-def _finish(trainer: Any, stage: StageFolder, tokenizer: LoadedTokenizer, result: Any) -> dict[str, Any]:
+def _finish(trainer: Any, stage: StageFolder, tokenizer: LoadedTokenizer) -> dict[str, Any]:
     """Write `final/` and `best/`, then the manifest."""
     final = stage.path / "final"
     partial = stage.path / ".final.tmp"
     manifest: dict[str, Any] = {}
+    if trainer.args.should_save and partial.exists():
+        shutil.rmtree(partial)
+    trainer.model.config.use_cache = True  # off in training only; whoever loads this wants to generate with it
+    trainer.save_model(str(partial))  # all ranks: a sharded model is gathered here
     if trainer.args.should_save:
-        if partial.exists():
-            shutil.rmtree(partial)
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(partial)
         tokenizer.hf.save_pretrained(partial)
-        fsync_folder(partial)
+        fsync_tree(partial)
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
@@ -243,7 +253,6 @@ def _finish(trainer: Any, stage: StageFolder, tokenizer: LoadedTokenizer, result
             "kind": "student",
             "fingerprint": stage.fingerprint,
             "steps": trainer.state.global_step,
-            "train_loss": result.training_loss,
             "best_step": trainer.state.best_global_step,
             "best_eval_loss": trainer.state.best_metric,
             "parameters": sum(p.numel() for p in trainer.model.parameters()),
@@ -269,6 +278,7 @@ def _copy_model(source: Path, target: Path, tokenizer: LoadedTokenizer | None = 
             shutil.copy2(path, partial / path.name)
     if tokenizer is not None:
         tokenizer.hf.save_pretrained(partial)
+    fsync_tree(partial)
     if target.exists():
         shutil.rmtree(target)
     partial.rename(target)
@@ -279,10 +289,7 @@ def student_folder(folder: Path) -> Path:
 
     Raises:
         IncompleteError: the run is unfinished.
-        LimbeckError: the folder was not written by training.
+        MismatchError: the folder was not written by training.
     """
-    from limbeck.storage import read_manifest
-
-    if read_manifest(folder, "train").get("kind") != "student":
-        raise LimbeckError(f"{folder} is no training folder; name the folder given to training.output_dir.")
+    read_manifest(folder, "train")
     return folder / "final"

@@ -21,10 +21,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PrinterCallback, Trainer
 
-from limbeck.data.dataset import PackedRows
+from limbeck.data.dataset import PackedDataset, PackedRows
 from limbeck.errors import ConfigError
 from limbeck.targets.sparse import SparseTargets
+from limbeck.targets.store import TeacherCache
 from limbeck.teachers.base import Teacher
+from limbeck.teachers.local import LocalTeacher
 from limbeck.training.arguments import DistillationArguments
 from limbeck.training.callbacks import LogLines
 from limbeck.training.checkpoints import rotate, seal
@@ -49,7 +51,8 @@ class DistillationTrainer(Trainer):
         kwargs: further arguments of transformers.Trainer.
 
     Raises:
-        ConfigError: the loss's temperature is not one the teacher declares, or α > 0 without a teacher.
+        ConfigError: the loss's temperature is not one the teacher declares, or its attention is another.
+        MismatchError: a cached teacher was made for other rows than `train_dataset`.
     """
 
     control: Any
@@ -74,6 +77,13 @@ class DistillationTrainer(Trainer):
             )
         if args.attention not in ("per_document", "packed"):
             raise ConfigError(f"attention is {args.attention!r}; choose per_document or packed.")
+        if isinstance(teacher, TeacherCache) and isinstance(train_dataset, PackedDataset):
+            teacher.check(train_dataset, args.attention)
+        if isinstance(teacher, LocalTeacher) and teacher.attention != args.attention:
+            raise ConfigError(f"the teacher's attention is {teacher.attention} and the student's {args.attention}.")
+        # Outside torchrun one process drives one GPU: nn.DataParallel would bypass the fused forward.
+        args._n_gpu = min(args.n_gpu, 1)
+        self._keep_checkpoints, args.save_total_limit = args.save_total_limit, None
         attach_fused_loss(model)
         self.teacher = teacher
         self.eval_teacher = eval_teacher or (teacher if teacher is not None and not teacher.in_workers else None)
@@ -186,11 +196,15 @@ class DistillationTrainer(Trainer):
         model.eval()
         size, world = self.args.per_device_eval_batch_size, self.args.world_size
         count = len(dataset)
-        for start in range(self.args.process_index * size, count, size * world):
-            batch = self._eval_collator([dataset[i] for i in range(start, min(start + size, count))])
+        for first in range(0, count, size * world):
+            # Every rank runs every round, so that sharded models stay in step; one without rows counts nothing.
+            start = first + self.args.process_index * size
+            indices = range(start, min(start + size, count)) or range(1)
+            batch = self._eval_collator([dataset[i] for i in indices])
             with self.compute_loss_context_manager():
                 outputs = self._forward(model, self._prepare_inputs(batch), self.eval_teacher, None)
-            self._count(outputs.parts)
+            if start < count:
+                self._count(outputs.parts)
         sums, self._sums = self._reduce(self._sums), kept
         model.train()
         tokens = max(sums["tokens"], 1.0)
@@ -223,21 +237,24 @@ class DistillationTrainer(Trainer):
         optimizer: torch.optim.Optimizer = self.optimizer
         return optimizer
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """One epoch; none at all when a run is resumed from its last checkpoint, where the Trainer adds a step."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     # -- checkpoints -----------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save, seal, and only then delete older checkpoints: at every instant a whole one exists."""
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
+        super()._save_checkpoint(model, trial)
         if self.args.world_size > 1:
             self.accelerator.wait_for_everyone()
         if self.args.should_save:
             folder = Path(self.args.output_dir)
             seal(folder / f"checkpoint-{self.state.global_step}", self.state.global_step)
-            rotate(folder, limit, self.state.best_model_checkpoint)
+            rotate(folder, self._keep_checkpoints, self.state.best_model_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """The model without `training_args.bin`: that file is a pickle, which nobody should have to trust."""
