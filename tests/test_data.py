@@ -120,6 +120,12 @@ def test_json_lines_parquet_and_huggingface_folders(tokenizer, tmp_path):
     assert found == [texts] * 5
 
 
+def test_a_damaged_parquet_source_is_named(tokenizer, tmp_path):
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 not really PAR1")
+    with pytest.raises(LimbeckError, match="bad.parquet cannot be read"):
+        pack(config(tmp_path / "bad.parquet"), tokenizer, tmp_path / "out")
+
+
 def test_empty_folders_and_wrong_columns_say_what_to_do(tokenizer, tmp_path):
     with pytest.raises(LimbeckError, match="--recursive"):
         open_source(config(tmp_path))

@@ -103,6 +103,19 @@ def test_codec_refuses_k_above_v_and_notices_damage():
         decode(sections, spec)
 
 
+def test_the_codec_holds_any_finite_values_and_refuses_others():
+    """Masked ids at −1e9, and teachers that overflowed."""
+    logits = logits_like_an_lm(6, 40)
+    logits[:, 30:] = -1e9
+    targets = SparseTargets.from_logits(logits, 40, TAUS)
+    spec = CodecSpec(40, 40, TAUS)
+    decoded = decode(encode(targets, spec), spec)
+    assert measure(targets, decoded).worst_kl < 1e-4
+    logits[0, 0] = torch.nan
+    with pytest.raises(LimbeckError, match="teacher.dtype"):
+        encode(SparseTargets.from_logits(logits, 40, TAUS), spec)
+
+
 def test_sampled_targets_are_unbiased():
     """Over many draws, the weights average to p and the gradient to the dense one."""
     vocab, draws, repeats = 40, 8, 4000

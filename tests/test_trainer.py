@@ -191,6 +191,47 @@ def test_a_resumed_run_ends_with_the_same_bytes(recipe_tree, recipe, packed, tmp
     assert not list((tmp_path / "cut").rglob("training_args.bin"))
 
 
+def test_nothing_is_trained_after_the_last_step(recipe_tree, packed, tmp_path):
+    """Killed between the last checkpoint and `final/`, with a rate that is not 0: the same bytes, no further step."""
+    training = {**recipe_tree["training"], "mode": "ce", "max_steps": 3, "lr_scheduler_type": "constant"}
+    recipe = with_changes(recipe_tree, training=training)
+    folder = tmp_path / "student"
+    train(recipe, folder)
+    before = (folder / "final" / "model.safetensors").read_bytes()
+    (folder / "manifest.json").unlink()
+    (folder / "final").rename(folder / ".final.tmp")  # half-written, as a kill leaves it
+    manifest = train(recipe, folder)
+    assert manifest["steps"] == 3
+    assert (folder / "final" / "model.safetensors").read_bytes() == before
+    assert not (folder / ".final.tmp").exists()
+
+
+def test_resume_from_an_earlier_checkpoint_leaves_the_later_ones(recipe_tree, packed, tmp_path):
+    folder = tmp_path / "run" / "student"
+    base = {**recipe_tree["training"], "mode": "ce", "save_steps": 1, "save_total_limit": None, "max_steps": 4}
+    train(with_changes(recipe_tree, training=base), folder)
+    changed = {**base, "max_steps": 3, "learning_rate": 5e-3, "resume_from": str(folder / "checkpoint-2")}
+    manifest = train(with_changes(recipe_tree, training=changed), folder)
+    lines = [json.loads(line) for line in (folder / "provenance.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 2]
+    assert manifest["steps"] == 3
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+
+
+def test_force_starts_over_and_keeps_the_old_result(recipe_tree, packed, tmp_path):
+    from limbeck.pipeline import run_pipeline
+
+    recipe = with_changes(recipe_tree, training={**recipe_tree["training"], "mode": "ce"})
+    run_pipeline(recipe, "train")
+    before = (recipe.student_dir / "final" / "model.safetensors").read_bytes()
+    states = [stage.state for stage in run_pipeline(recipe, "train", force=True).stages]
+    assert states == ["skipped", "done"]
+    assert (recipe.student_dir / "final" / "model.safetensors").read_bytes() == before
+    kept = list((recipe.root / "previous").iterdir())
+    assert len(kept) == 1
+    assert (kept[0] / "final" / "model.safetensors").read_bytes() == before
+
+
 def test_modes_change_on_the_same_run_and_are_recorded(recipe_tree, packed, tmp_path, capsys):
     folder = tmp_path / "run" / "student"
     base = recipe_tree["training"]

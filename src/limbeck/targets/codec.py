@@ -26,6 +26,7 @@ from limbeck.errors import ConfigError, LimbeckError
 from limbeck.targets.sparse import PAD_ID, SparseTargets
 
 CODEC_VERSION = 1
+_FARTHEST = np.float32(32.0)  # nats below the likeliest id
 _BLOCK = 2048  # positions coded at a time: a block's arrays stay in cache
 Array = np.ndarray[Any, Any]
 
@@ -127,8 +128,8 @@ def _encode_block(
         logprobs = np.pad(logprobs, missing, constant_values=-math.inf)
         draws = np.pad(draws, missing) if draws is not None else None
     sections: dict[str, Array] = {}
-    # exp(-6e4) is 0 in any precision; the range must stay a float16
-    distance = np.minimum(logprobs.max(axis=1, keepdims=True) - logprobs, np.float32(6e4))
+    # No float32 sum feels exp(-32); a masked id at -1e9 must not stretch the levels of the others.
+    distance = np.minimum(logprobs.max(axis=1, keepdims=True) - logprobs, _FARTHEST)
     if variable:
         unused = ids < 0
         sections["used"] = (spec.top_k - unused.sum(axis=1)).astype(np.uint16)
@@ -281,7 +282,8 @@ def measure(original: SparseTargets, decoded: SparseTargets) -> RoundTrip:
         raise LimbeckError("the codec did not give the same ids back; the cache would be wrong. Please report this.")
     valid = original.valid.gather(-1, order)
     before, after = original.logprobs.gather(-1, order), decoded.logprobs[:, :width]
-    error = torch.where(valid, (before - after).abs(), 0.0).sum() / valid.sum().clamp_min(1)
+    felt = valid & (before > -float(_FARTHEST))
+    error = torch.where(felt, (before - after).abs(), 0.0).sum() / felt.sum().clamp_min(1)
     kl = {}
     for index, temperature in enumerate(original.temperatures):
         log_p = before / temperature - original.log_z[:, index : index + 1]
