@@ -228,3 +228,24 @@ def test_another_tokenizer_is_refused(recipe, packed, corpus, tmp_path):
     with pytest.raises(MismatchError, match="tokenizer"):
         build_cache(foreign, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_hub_model_is_known_by_its_commit_without_network(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    from limbeck.errors import LimbeckError
+    from limbeck.models import model_identity
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--org--name"
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    (repository / "snapshots" / commit / "config.json").write_text("{}")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(tmp_path), raising=False)
+    assert model_identity("org/name") == {"weights": commit}
+    with pytest.raises(LimbeckError, match="no local copy"):
+        model_identity("org/other")
+    with pytest.raises(LimbeckError, match="no hub id"):
+        model_identity("no such/name/at all")

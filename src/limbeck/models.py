@@ -34,16 +34,19 @@ def model_identity(name: str, revision: str | None = None) -> dict[str, str]:
         if not any(path.suffix == ".safetensors" for path in files):
             raise LimbeckError(f"{folder} holds no .safetensors weights. Convert the checkpoint to safetensors first.")
         return {"weights": fingerprint([[p.name, sha256_file_cached(p)] for p in files])}
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         return {"weights": str(HfApi().model_info(name, revision=revision).sha)}
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise LimbeckError(
-            f"model {name!r} is neither a folder here nor reachable on the hub ({type(error).__name__}). "
-            "Check the name and the network."
-        ) from None
+    except HFValidationError:
+        problem = "it is no hub id either"
+    except (HfHubHTTPError, OSError) as error:
+        problem = f"the hub cannot be reached ({type(error).__name__}) and holds no local copy"
+        local = try_to_load_from_cache(name, "config.json", revision=revision)
+        if isinstance(local, str):  # …/snapshots/COMMIT/config.json
+            return {"weights": Path(local).parent.name}
+    raise LimbeckError(f"model {name!r} is no folder here, and {problem}. Check the name and the network.")
 
 
 def load_causal_lm(

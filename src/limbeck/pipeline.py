@@ -15,7 +15,7 @@ from typing import Any
 
 from limbeck import ranks
 from limbeck.config import Recipe
-from limbeck.console import say
+from limbeck.console import say, warn
 from limbeck.data.pack import pack, pack_inputs
 from limbeck.data.sources import open_source
 from limbeck.data.tokenizer import recipe_tokenizer, train_tokenizer
@@ -278,6 +278,8 @@ def run_pipeline(
             else:
                 state = _run_node(recipe, node, force=force and node.name == last)
             report.stages.append(StageReport(node.name, state, round(time.perf_counter() - started, 2)))
+            if node.name == "pack" and nodes[-1].name != "pack":
+                _check_held_out(recipe, needed=any(later.name == "evaluate" for later in nodes))
     for node in nodes:
         if node.name == "evaluate":
             report.evaluation = read_json(node.folder / "results.json")
@@ -331,6 +333,20 @@ def _check_ahead(recipe: Recipe, names: set[str], force: bool) -> None:
                     f"training.report_to names {tracker}, which is not installed. Install it "
                     f"(`pip install {tracker}`), or set report_to to []."
                 )
+
+
+def _check_held_out(recipe: Recipe, *, needed: bool) -> None:
+    """Tell before the training, not after it, that nothing is left to score on."""
+    manifest = read_manifest(recipe.packed_dir, "data pack")
+    if recipe.dataset.validation_fraction > 0.0 and not manifest["splits"]["validation"]["rows"]:
+        message = (
+            f"none of the {manifest['documents']} documents fell into the validation split "
+            f"(dataset.validation_fraction {recipe.dataset.validation_fraction}, chosen by document). Raise it, or cut "
+            "the text into more documents"
+        )
+        if needed:
+            raise LimbeckError(f"{message}.")
+        warn(message)
 
 
 def _bring_back(stage: StageFolder) -> bool:
