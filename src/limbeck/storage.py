@@ -71,11 +71,34 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def fsync_file(path: Path) -> None:
+    """Flush a file's bytes to disk."""
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def fsync_tree(folder: Path) -> list[Path]:
+    """Flush every file of a folder to disk; returns the files, sorted."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:
+        fsync_file(path)
+    fsync_folder(folder)
+    return files
+
+
 def commit_file(temporary: Path, final: Path) -> None:
     """Move a finished temporary file into place: fsync, rename, fsync of the folder."""
-    with temporary.open("rb") as handle:
-        os.fsync(handle.fileno())
+    fsync_file(temporary)
     temporary.replace(final)
+    fsync_folder(final.parent)
+
+
+def commit_folder(temporary: Path, final: Path) -> None:
+    """Move a finished temporary folder into place of what is there, all of it flushed first."""
+    fsync_tree(temporary)
+    if final.exists():
+        shutil.rmtree(final)
+    temporary.rename(final)
     fsync_folder(final.parent)
 
 
@@ -97,16 +120,6 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CorruptError(f"{path} is not valid JSON ({error}). Delete it and run the stage again.") from error
-
-
-def fsync_tree(folder: Path) -> list[Path]:
-    """Flush every file of a folder to disk; returns the files, sorted."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    for path in files:
-        with path.open("rb") as handle:
-            os.fsync(handle.fileno())
-    fsync_folder(folder)
-    return files
 
 
 _KINDS = {"data pack": "packed", "teacher cache": "teacher_cache", "train": "student"}
@@ -208,6 +221,10 @@ class StageFolder:
     def is_done(self) -> bool:
         """True when the folder is complete and made from exactly these inputs."""
         return (self.path / MANIFEST).exists() and self.recorded() == self.fingerprint
+
+    def manifest(self) -> dict[str, Any]:
+        """The manifest of the complete folder."""
+        return read_manifest(self.path, self.stage)
 
     def differences(self) -> str:
         """The first inputs that differ from the recorded ones, as `key: recorded -> wanted`."""

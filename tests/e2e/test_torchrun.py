@@ -32,3 +32,15 @@ def test_two_ranks_cache_and_train_as_one(recipe_tree, tmp_path):
     one, two = (load_file(tmp_path / name / "student" / "final" / "model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-4
+    # Killed before the manifest: both ranks go on from rank 0's checkpoint, and nothing changes.
+    final = tmp_path / "two" / "student" / "final" / "model.safetensors"
+    before = final.read_bytes()
+    (tmp_path / "two" / "student" / "manifest.json").unlink()
+    final.unlink()
+    again = subprocess.run(
+        [*command, "train", str(tmp_path / "two.yaml")],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "continuing from" in again.stderr
+    assert final.read_bytes() == before

@@ -94,7 +94,7 @@ def pack(
     source = open_source(config)
     stage = StageFolder(folder, "data pack", pack_inputs(config, source, tokenizer), aside)
     if stage.is_done() and not force:
-        return dict(read_json(folder / "manifest.json"))
+        return stage.manifest()
     _refuse_empty(source, config)
     with stage.lock():
         stage.begin(replace=force)

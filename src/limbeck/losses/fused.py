@@ -163,6 +163,7 @@ class _FusedLoss(torch.autograd.Function):
         backward_dtype = torch.float32 if dtype == torch.float16 else dtype
         needs_logits = needs_hidden or needs_weight or needs_bias
         cast_weight = weight.detach().to(dtype)
+        backward_weight = cast_weight.to(backward_dtype)
         grad_hidden = torch.empty(hidden.shape, dtype=exact, device=hidden.device) if needs_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=exact, device=weight.device) if needs_weight else None
         grad_bias = torch.zeros(weight.shape[0], dtype=exact, device=weight.device) if needs_bias else None
@@ -180,7 +181,7 @@ class _FusedLoss(torch.autograd.Function):
                 continue
             dlogits = logits.to(backward_dtype)
             if grad_hidden is not None:
-                grad_hidden[start : start + len(chunk)] = dlogits @ cast_weight.to(backward_dtype)
+                grad_hidden[start : start + len(chunk)] = dlogits @ backward_weight
             if grad_weight is not None:
                 _accumulate(grad_weight, dlogits, chunk.to(backward_dtype))
             if grad_bias is not None:

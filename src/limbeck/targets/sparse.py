@@ -60,6 +60,21 @@ class SparseTargets:
         if self.top_k > self.vocab_size:
             raise ConfigError(f"K is {self.top_k} and the vocabulary has {self.vocab_size} ids; K must not exceed it")
 
+    @classmethod
+    def empty(
+        cls, temperatures: tuple[float, ...], vocab_size: int, sampling_temperature: float | None = None
+    ) -> "SparseTargets":
+        """Targets of no position: what `with_tensors` fills when only the tensors have travelled."""
+        return cls(
+            token_ids=torch.zeros(0, 0, dtype=torch.int32),
+            logprobs=torch.zeros(0, 0),
+            log_z=torch.zeros(0, len(temperatures)),
+            temperatures=temperatures,
+            vocab_size=vocab_size,
+            weights=torch.zeros(0, 0) if sampling_temperature is not None else None,
+            sampling_temperature=sampling_temperature,
+        )
+
     @property
     def top_k(self) -> int:
         """K, the largest support of a position."""

@@ -141,19 +141,7 @@ class TeacherCache:
 
     def template(self) -> SparseTargets:
         """Empty targets with this cache's temperatures, vocabulary and sampling."""
-        spec = self.spec
-        empty = np.zeros((0, 0), dtype=np.int32)
-        import torch
-
-        return SparseTargets(
-            torch.from_numpy(empty),
-            torch.zeros(0, 0),
-            torch.zeros(0, len(spec.temperatures)),
-            spec.temperatures,
-            spec.vocab_size,
-            weights=torch.zeros(0, 0) if spec.head is not None else None,
-            sampling_temperature=spec.sampling_temperature,
-        )
+        return SparseTargets.empty(self.temperatures, self.vocab_size, self.spec.sampling_temperature)
 
     def targets(self, rows: PackedRows) -> SparseTargets:
         """Targets of the rows, by their `row_ids`."""

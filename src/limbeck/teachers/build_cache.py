@@ -16,7 +16,7 @@ from limbeck.console import progress, say
 from limbeck.data.dataset import PackedDataset
 from limbeck.data.tokenizer import recipe_tokenizer
 from limbeck.errors import LimbeckError
-from limbeck.storage import StageFolder, read_json, write_manifest
+from limbeck.storage import StageFolder, read_manifest, write_manifest
 from limbeck.targets.codec import CODEC_VERSION, CodecSpec
 from limbeck.targets.sparse import SparseTargets
 from limbeck.targets.store import ShardJournal, write_shard
@@ -39,7 +39,7 @@ def cache_inputs(recipe: Recipe) -> dict[str, Any]:
     teacher = recipe.teacher
     return {
         **target_inputs(recipe),
-        "packed": PackedDataset(recipe.packed_dir).manifest["fingerprint"],
+        "packed": read_manifest(recipe.packed_dir, "data pack")["fingerprint"],
         "train_rows": recipe.dataset.train_rows,
         "splits": sorted(teacher.splits),
         "rows_per_shard": teacher.rows_per_shard,
@@ -68,7 +68,7 @@ def build_cache(recipe: Recipe, folder: Path, *, force: bool = False, aside: Pat
     first.check(tokenizer, recipe.dataset.max_length)
     stage = StageFolder(folder, "teacher cache", cache_inputs(recipe), aside)
     if stage.is_done() and not force:
-        return dict(read_json(folder / "manifest.json"))
+        return stage.manifest()
     teacher = open_local(recipe, tokenizer)
     with stage.lock(".lock" if world == 1 else f".lock-{rank}"):
         stage.begin(clean=world == 1, replace=force)

@@ -81,15 +81,7 @@ class LocalTeacher:
 
     def template(self) -> SparseTargets:
         """Empty targets with this teacher's temperatures, vocabulary and sampling."""
-        return SparseTargets(
-            torch.zeros(0, 0, dtype=torch.int32),
-            torch.zeros(0, 0),
-            torch.zeros(0, len(self.temperatures)),
-            self.temperatures,
-            self.vocab_size,
-            weights=torch.zeros(0, 0) if self._sampling is not None else None,
-            sampling_temperature=self.sampling_temperature,
-        )
+        return SparseTargets.empty(self.temperatures, self.vocab_size, self.sampling_temperature)
 
     @torch.no_grad()
     def targets(self, rows: PackedRows) -> SparseTargets:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from accelerate.utils import broadcast_object_list
 
 from limbeck import ranks
 from limbeck.config import Recipe
@@ -29,8 +30,7 @@ from limbeck.storage import (
     MANIFEST,
     StageFolder,
     atomic_write_text,
-    fsync_tree,
-    read_json,
+    commit_folder,
     read_manifest,
     sha256_file,
     write_json,
@@ -123,14 +123,15 @@ def _train_one(recipe: Recipe, folder: Path, start: Path | None, aside: Path | N
     stage = StageFolder(folder, "train", train_inputs(recipe, rows, begun_from), aside)
     if stage.is_done() and recipe.training.resume_from is None and not force:
         say(f"{folder} is complete")
-        return dict(read_json(folder / "manifest.json"))
+        return stage.manifest()
     student = _student(recipe, tokenizer, start, teacher)  # whatever is wrong with it shows before anything is written
     main = ranks.rank() == 0
     with stage.lock() if main else contextlib.nullcontext():
         changed = _begin(stage, recipe, force) if main else None
         ranks.wait_until(lambda: stage.recorded() == stage.fingerprint, f"rank 0 to begin {folder}")
         trainer = _trainer(recipe, folder, student, teacher, rows, held_out)
-        resume = _resume_point(recipe, folder, changed) if main else newest(folder)
+        # Rank 0 chooses for all: it may drop checkpoints while the others look.
+        (resume,) = broadcast_object_list([_resume_point(recipe, folder, changed) if main else None])
         if main:
             _record_provenance(stage, recipe, resume, changed)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -242,10 +243,7 @@ def _finish(trainer: Any, stage: StageFolder, tokenizer: LoadedTokenizer) -> dic
     trainer.save_model(str(partial))  # all ranks: a sharded model is gathered here
     if trainer.args.should_save:
         tokenizer.hf.save_pretrained(partial)
-        fsync_tree(partial)
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
+        commit_folder(partial, final)
         if trainer.state.best_model_checkpoint is not None:
             _copy_model(Path(trainer.state.best_model_checkpoint), stage.path / "best", tokenizer)
         weights = {p.name: sha256_file(p) for p in sorted(final.glob("*.safetensors"))}
@@ -278,10 +276,7 @@ def _copy_model(source: Path, target: Path, tokenizer: LoadedTokenizer | None = 
             shutil.copy2(path, partial / path.name)
     if tokenizer is not None:
         tokenizer.hf.save_pretrained(partial)
-    fsync_tree(partial)
-    if target.exists():
-        shutil.rmtree(target)
-    partial.rename(target)
+    commit_folder(partial, target)
 
 
 def student_folder(folder: Path) -> Path:
