@@ -15,7 +15,7 @@ from limbeck import DistillationArguments, DistillationTrainer, LocalTeacher, Te
 from limbeck.config import Recipe
 from limbeck.errors import ConfigError, CorruptError, LimbeckError
 from limbeck.teachers.build_cache import build_cache
-from limbeck.training.run import train
+from limbeck.training.stages import train
 
 
 def arguments(folder, **changes):
@@ -116,9 +116,9 @@ def test_every_trainable_parameter_changes_and_frozen_ones_do_not(packed, tmp_pa
 def test_multipliers_scale_and_typos_are_refused(packed, tmp_path):
     trainer = trained(packed, tmp_path / "a", parameter_lr_multipliers=[("mlp", 0.1), ("mlp|attn", 10.0)])
     rates = {group["name"]: group["lr"] for group in trainer.optimizer.param_groups}
-    assert rates["mlp (matrices)"] == pytest.approx(1e-4)
-    assert rates["mlp|attn (matrices)"] == pytest.approx(1e-2)
-    assert rates["all others (vectors)"] == pytest.approx(1e-3)
+    assert rates["mlp · adamw"] == pytest.approx(1e-4)
+    assert rates["mlp|attn · adamw"] == pytest.approx(1e-2)
+    assert rates["all others · adamw · no decay"] == pytest.approx(1e-3)
     assert sum(len(g["params"]) for g in trainer.optimizer.param_groups) == len(list(trainer.model.parameters()))
     for group in trainer.optimizer.param_groups:
         assert group["weight_decay"] == 0.0
@@ -181,13 +181,13 @@ def test_a_resumed_run_ends_with_the_same_bytes(recipe_tree, recipe, packed, tmp
     with pytest.raises(KeyboardInterrupt):
         train(recipe, tmp_path / "cut")
     monkeypatch.setattr(DistillationTrainer, "_save_checkpoint", original)
-    (tmp_path / "cut" / "checkpoint-5").mkdir()  # half a checkpoint, as a kill would leave it
+    (tmp_path / "cut" / "step_5").mkdir()  # half a checkpoint, as a kill would leave it
     train(recipe, tmp_path / "cut")
     for name in ("final/model.safetensors", "best/model.safetensors"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     lines = [json.loads(line) for line in (tmp_path / "cut" / "provenance.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 4]
-    assert not (tmp_path / "cut" / "checkpoint-5").exists()
+    assert not (tmp_path / "cut" / "step_5").exists()
     assert not list((tmp_path / "cut").rglob("training_args.bin"))
 
 
@@ -210,12 +210,12 @@ def test_resume_from_an_earlier_checkpoint_leaves_the_later_ones(recipe_tree, pa
     folder = tmp_path / "run" / "student"
     base = {**recipe_tree["training"], "mode": "ce", "save_steps": 1, "save_total_limit": None, "max_steps": 4}
     train(with_changes(recipe_tree, training=base), folder)
-    changed = {**base, "max_steps": 3, "learning_rate": 5e-3, "resume_from": str(folder / "checkpoint-2")}
+    changed = {**base, "max_steps": 3, "learning_rate": 5e-3, "resume_from": str(folder / "step_2")}
     manifest = train(with_changes(recipe_tree, training=changed), folder)
     lines = [json.loads(line) for line in (folder / "provenance.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 2]
     assert manifest["steps"] == 3
-    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    assert sorted(path.name for path in folder.glob("step_*")) == ["step_1", "step_2", "step_3"]
 
 
 def test_force_starts_over_and_keeps_the_old_result(recipe_tree, packed, tmp_path):
@@ -297,11 +297,11 @@ def test_a_damaged_checkpoint_is_named(recipe_tree, packed, tmp_path):
     recipe = with_changes(recipe_tree, training={**recipe_tree["training"], "mode": "ce", "save_steps": 2})
     train(recipe, tmp_path / "student")
     (tmp_path / "student" / "manifest.json").unlink()
-    path = tmp_path / "student" / "checkpoint-4" / "model.safetensors"
+    path = tmp_path / "student" / "step_4" / "model.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(CorruptError, match=r"checkpoint-4.*missing or damaged"):
+    with pytest.raises(CorruptError, match=r"step_4.*missing or damaged"):
         train(recipe, tmp_path / "student")
 
 
@@ -316,7 +316,7 @@ def test_fused_experts_survive_resume(packed, tmp_path):
         tiny_model(**experts, seed=5), arguments(tmp_path / "a", max_steps=2, save_strategy="no"),
         teacher=whole.teacher, train_dataset=packed,
     )  # fmt: skip
-    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "step_1"))
     assert any("experts" in name for name in weights(whole.model))
     assert largest_difference(weights(whole.model), weights(resumed.model)) == 0.0
 
@@ -327,5 +327,5 @@ def test_rotation_keeps_the_newest_and_the_best(recipe_tree, packed, tmp_path):
         training={**recipe_tree["training"], "mode": "ce", "max_steps": 6, "save_steps": 1, "save_total_limit": 2},
     )
     train(recipe, tmp_path / "student")
-    kept = sorted(path.name for path in (tmp_path / "student").glob("checkpoint-*"))
-    assert kept == ["checkpoint-5", "checkpoint-6"]
+    kept = sorted(path.name for path in (tmp_path / "student").glob("step_*"))
+    assert kept == ["step_5", "step_6"]

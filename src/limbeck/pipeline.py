@@ -58,7 +58,8 @@ class Node:
 
     def stage(self) -> StageFolder:
         """The node's folder with its inputs."""
-        return StageFolder(self.folder, _COMMANDS.get(self.name, "run"), self.inputs(), self.aside)
+        command = _COMMANDS.get(self.name.partition(":")[0], "run")
+        return StageFolder(self.folder, command, self.inputs(), self.aside)
 
 
 _COMMANDS = {"pack": "data pack", "cache": "teacher cache", "train": "train"}
@@ -85,16 +86,21 @@ class RunReport:
 def build_nodes(recipe: Recipe) -> list[Node]:
     """The nodes that the recipe asks for, in order."""
     nodes = _data_nodes(recipe)
-    packed: tuple[str, ...] = ("pack",)
-    if recipe.distils and recipe.teacher.use_cached_logits:
-        nodes.append(_cache_node(recipe))
-        packed = ("pack", "cache")
-    nodes.append(_train_node(recipe, "train", recipe.student_dir, packed))
+    stages = [own for _, own in recipe.stage_recipes()] if recipe.stages.enabled else [recipe]
+    for own in stages:  # stages may have rows of their own; those with the same rows share them
+        known = {node.name for node in nodes}
+        if f"pack{own.data_name}" not in known:
+            nodes.append(_pack_node(own, nodes))
+        if own.distils and own.teacher.use_cached_logits and f"cache{own.data_name}" not in known:
+            nodes.append(_cache_node(own))
+    packed = tuple(node.name for node in nodes if node.name.startswith("pack"))
+    made = tuple(node.name for node in nodes if node.name.startswith(("pack", "cache")))
+    nodes.append(_train_node(recipe, "train", recipe.student_dir, made))
     students = {"student_kd" if recipe.distils else "student_ce": recipe.student_dir}
     if recipe.pipeline.ce_baseline and recipe.distils:
-        baseline = recipe.model_copy(update={"training": recipe.training.model_copy(update={"mode": "ce"})})
+        baseline = recipe.without_teacher()
         students["student_ce"] = recipe.root / "student-ce"
-        nodes.append(_train_node(baseline, "train_ce", students["student_ce"], ("pack",)))
+        nodes.append(_train_node(baseline, "train_ce", students["student_ce"], packed))
     trained = tuple(node.name for node in nodes if node.name.startswith("train"))
     nodes.append(_evaluate_node(recipe, students, ("pack", *trained)))
     if recipe.pipeline.generate:
@@ -128,19 +134,19 @@ def _data_nodes(recipe: Recipe) -> list[Node]:
 
         folder = recipe.root / "tokenizer"
         nodes.append(Node("tokenizer", folder, tokenizer_inputs, make_tokenizer, aside=_aside(recipe)))
-    nodes.append(
-        Node(
-            "pack",
-            recipe.packed_dir,
-            lambda: pack_inputs(recipe.dataset, open_source(recipe.dataset), recipe_tokenizer(recipe)),
-            lambda stage, force: pack(
-                recipe.dataset, recipe_tokenizer(recipe), stage.path, aside=stage.aside, force=force
-            ),
-            after=tuple(node.name for node in nodes),
-            aside=_aside(recipe, recipe.dataset.packed_dir),
-        )
-    )
+    nodes.append(_pack_node(recipe, nodes))
     return nodes
+
+
+def _pack_node(recipe: Recipe, before: Sequence[Node]) -> Node:
+    return Node(
+        f"pack{recipe.data_name}",
+        recipe.packed_dir,
+        lambda: pack_inputs(recipe.dataset, open_source(recipe.dataset), recipe_tokenizer(recipe)),
+        lambda stage, force: pack(recipe.dataset, recipe_tokenizer(recipe), stage.path, aside=stage.aside, force=force),
+        after=tuple(node.name for node in before if node.name == "tokenizer"),
+        aside=_aside(recipe, recipe.dataset.packed_dir),
+    )
 
 
 def _cache_node(recipe: Recipe) -> Node:
@@ -158,17 +164,18 @@ def _cache_node(recipe: Recipe) -> Node:
         build_cache(recipe, stage.path, aside=stage.aside, force=force)
 
     aside = _aside(recipe, recipe.teacher.cache_dir)
-    return Node("cache", recipe.cache_dir, inputs, make, ("pack",), aside, shared=True)
+    after = (f"pack{recipe.data_name}",)
+    return Node(f"cache{recipe.data_name}", recipe.cache_dir, inputs, make, after, aside, shared=True)
 
 
 def _train_node(recipe: Recipe, name: str, folder: Path, after: tuple[str, ...]) -> Node:
     def inputs() -> dict[str, Any]:
-        from limbeck.training.run import train_inputs, training_rows
+        from limbeck.training.stages import run_inputs
 
-        return train_inputs(recipe, training_rows(recipe))
+        return run_inputs(recipe)
 
     def make(stage: StageFolder, force: bool) -> None:
-        from limbeck.training.run import train
+        from limbeck.training.stages import train
 
         train(recipe, stage.path, aside=stage.aside, force=force)
 
@@ -306,7 +313,7 @@ def _run_node(recipe: Recipe, node: Node, *, force: bool) -> str:
     if stage.is_done() and not (resumes or force):
         say(f"{node.name}: found done")
         return "skipped"
-    if not force and _bring_back(stage) and stage.is_done():
+    if not force and stage.bring_back() and stage.is_done():
         say(f"{node.name}: found done (an earlier run with these settings)")
         return "skipped"
     say(f"{node.name}: running")
@@ -347,14 +354,3 @@ def _check_held_out(recipe: Recipe, *, needed: bool) -> None:
         if needed:
             raise LimbeckError(f"{message}.")
         warn(message)
-
-
-def _bring_back(stage: StageFolder) -> bool:
-    """Put an earlier result of these very inputs back, setting aside what is in its place."""
-    earlier = stage.earlier()
-    if earlier is None:
-        return False
-    if stage.path.exists():
-        stage.set_aside()
-    earlier.path.rename(stage.path)
-    return True

@@ -31,6 +31,9 @@ ALIASES: Mapping[str, str] = {
     "max-seq-length": "dataset.max_length",
     "lr": "training.learning_rate",
     "learning-rate": "training.learning_rate",
+    "optimizer": "optimizer.name",
+    "mhc-lr": "optimizer.lion.learning_rate",
+    "enable-saddle-interventions": "saddle.enabled",
     "kl-weight": "loss.alpha",
     "alpha": "loss.alpha",
     "temperature": "loss.temperature",
@@ -173,10 +176,16 @@ def load_recipe(path: Path | None, overrides: Mapping[str, Any] | None = None) -
             raise ConfigError(f"recipe {path} holds a {type(tree).__name__}; it must be a mapping of sections.")
         tree.setdefault("name", path.stem)
     merged = _merge(tree, overrides or {})
+    where = str(path or "configuration")
     try:
-        return Recipe.model_validate(merged)
+        recipe = Recipe.model_validate(merged)
+        if recipe.stages.enabled:
+            for stage in recipe.stages.configs:
+                where = f"{path or 'configuration'}, stage {stage.stage_name}"
+                recipe.stage_recipe(stage)
     except ValidationError as error:
-        raise ConfigError(_explain(error, path)) from None
+        raise ConfigError(_explain(error, where)) from None
+    return recipe
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,7 +196,7 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _explain(error: ValidationError, path: Path | None) -> str:
+def _explain(error: ValidationError, where: str) -> str:
     known = [key for key, _ in keys()] + list(Recipe.model_fields)
     lines = []
     for problem in error.errors():
@@ -198,4 +207,4 @@ def _explain(error: ValidationError, path: Path | None) -> str:
             reason = problem["msg"].removeprefix("Value error, ")
             found = "" if isinstance(problem["input"], dict) else f" (found {problem['input']!r})"
             lines.append(f"{key}: {reason}{found}" if key else reason)
-    return f"{path or 'configuration'}: " + "\n  ".join(lines)
+    return f"{where}: " + "\n  ".join(lines)

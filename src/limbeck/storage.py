@@ -301,6 +301,16 @@ class StageFolder:
         found = StageFolder(self.aside / f"{self.path.name}-{self.fingerprint[:12]}", self.stage, self.inputs)
         return found if found.recorded() == self.fingerprint else None
 
+    def bring_back(self) -> bool:
+        """Put an earlier result of these very inputs back, setting aside what is in its place; True when it did."""
+        earlier = self.earlier() if self.recorded() != self.fingerprint else None
+        if earlier is None:
+            return False
+        if self.path.exists():
+            self.set_aside()
+        earlier.path.rename(self.path)
+        return True
+
     def clear(self) -> None:
         """Empty a folder limbeck wrote, keeping its lock; a folder it did not write is left alone.
 

@@ -49,7 +49,7 @@ def write_recipe(tree: dict, folder: Path) -> Path:
 def finished_pieces(folder: Path, stage: str) -> int:
     """How far a running stage has come: shards in place, or checkpoints begun."""
     if stage == "train":
-        steps = [int(p.name.split("-")[1]) for p in (folder / "student").glob("checkpoint-*")]
+        steps = [int(p.name.split("_")[1]) for p in (folder / "student").glob("step_*")]
         return max(steps, default=0) // 3
     name, pattern = {"pack": ("data", "*.parquet"), "cache": ("cache", "*.h5")}[stage]
     return len(list((folder / name).glob(pattern)))

@@ -45,7 +45,7 @@ def open_local(recipe: Recipe, tokenizer: LoadedTokenizer, rows: PackedDataset |
         temperatures=recipe.temperatures,
         attention=recipe.dataset.attention,
         sampling=section.sampling,
-        sampling_temperature=recipe.loss.temperature if section.sampling else None,
+        sampling_temperature=recipe.loss.end("temperature") if section.sampling else None,
         max_batch_tokens=(section.batch_size or 0) * recipe.dataset.max_length or section.max_batch_tokens,
         device=device,
     )
@@ -56,11 +56,13 @@ def open_cached(recipe: Recipe, tokenizer: LoadedTokenizer, rows: PackedDataset)
     cache = TeacherCache(recipe.cache_dir, rows.split)
     require_same(cache.manifest["tokenizer"], tokenizer.hash, f"cache {cache.folder}", f"tokenizer {tokenizer.name}")
     cache.check(rows, recipe.dataset.attention)
-    if recipe.loss.temperature not in cache.temperatures:
-        raise ConfigError(
-            f"loss.temperature is {recipe.loss.temperature} and the cache {cache.folder} declares "
-            f"{list(cache.temperatures)}. Use one of these, or make a cache with teacher.temperatures."
-        )
+    loss = recipe.loss
+    for key, value in (("temperature", loss.end("temperature")), ("temperature_initial", loss.temperature_initial)):
+        if value is not None and value not in cache.temperatures:
+            raise ConfigError(
+                f"loss.{key} is {value} and the cache {cache.folder} declares {list(cache.temperatures)}. "
+                "Use one of these, or make a cache with teacher.temperatures."
+            )
     return cache
 
 
@@ -92,7 +94,7 @@ def target_inputs(recipe: Recipe) -> dict[str, Any]:
         "attention": recipe.dataset.attention,
         "top_k": section.top_k,
         "temperatures": list(recipe.temperatures),
-        "sampling": {**sampling, "temperature": recipe.loss.temperature} if sampling else None,
+        "sampling": {**sampling, "temperature": recipe.loss.end("temperature")} if sampling else None,
     }
 
 

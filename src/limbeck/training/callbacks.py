@@ -10,15 +10,16 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from limbeck.console import say
+from limbeck.console import say, warn
 
 
 class LogLines(TrainerCallback):
-    """Writes the log lines of the main process."""
+    """Writes the log lines of the main process; `quiet` keeps them out of the console (a panel shows them)."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, *, quiet: bool = False) -> None:
+        self._path, self._quiet = path, quiet
         self._started = time.perf_counter()
+        self._failed = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock of `elapsed`."""
@@ -30,24 +31,42 @@ class LogLines(TrainerCallback):
             return
         if "loss" in logs:
             self._write(self._throughput_line(state, logs))
-            parts = f"Step {state.global_step}: Total Loss: {logs['loss']:.4f}, CE Loss: {logs['ce_loss']:.4f}"
-            self._write(parts + (f", KL Loss: {logs['kl_loss']:.4f}" if "kl_loss" in logs else ""))
+            self._write(parts_line(state.global_step, logs))
         elif any(key.startswith("eval_") for key in logs):
-            scores = " ".join(
-                f"{key.removeprefix('eval_')}={value:.4g}" for key, value in logs.items() if key != "epoch"
-            )
-            self._write(f"[{state.global_step:6d}/{state.max_steps:7d}] evaluation: {scores}")
+            self._write(f"[{state.global_step:6d}/{state.max_steps:7d}] evaluation: {evaluation_text(logs)}")
 
     def _throughput_line(self, state: Any, logs: dict[str, float]) -> str:
         rate = logs.get("learning_rate", 0.0)
+        waited = logs.get("teacher_wait_share", 0.0)
         return (
             f"[{state.global_step:6d}/{state.max_steps:7d}] loss={logs['loss']:.2f} "
             f"lr={f'{rate:.3f}' if rate >= 1e-3 else f'{rate:.1e}'} gnorm={logs.get('grad_norm', 0.0):.1f} "
             f"tok/s={logs['tokens_per_second']:.0f} elapsed={time.perf_counter() - self._started:.0f}s"
+            + (f" teacher={waited:.0%}" if waited >= 0.05 else "")
         )
 
     def _write(self, line: str) -> None:
-        say(line)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as log:
-            log.write(line + "\n")
+        if not self._quiet:
+            say(line)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a", encoding="utf-8") as log:
+                log.write(line + "\n")
+        except OSError as error:  # a full disk must not end the training
+            if not self._failed:
+                warn(f"{self._path} cannot be written ({error}); training goes on without it")
+            self._failed = True
+
+
+def parts_line(step: int, logs: dict[str, float]) -> str:
+    """`Step 100: Total Loss: …` with every part there is."""
+    parts = [f"Total Loss: {logs['loss']:.4f}", f"CE Loss: {logs['ce_loss']:.4f}"]
+    for key, label in (("kl_loss", "KL"), ("load_balance_loss", "Load Balance"), ("router_aux_loss", "Router Aux")):
+        if key in logs:
+            parts.append(f"{label} Loss: {logs[key]:.4f}")
+    return f"Step {step}: " + ", ".join(parts)
+
+
+def evaluation_text(logs: dict[str, float]) -> str:
+    """The scores of an evaluation, one after the other."""
+    return " ".join(f"{key.removeprefix('eval_')}={value:.4g}" for key, value in logs.items() if key != "epoch")

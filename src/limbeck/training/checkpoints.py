@@ -1,44 +1,76 @@
-"""Whole checkpoints: which ones may be resumed from, and marking one as finished.
+"""Whole checkpoints: `step_N/` folders that appear by one rename, the `latest` pointer, `best/`, and room on disk.
 
-The one idea: a checkpoint counts when its `manifest.json` does, which is written after everything else
-in it; whatever a kill left half-written has none and is removed at the next start.
+The one idea: a checkpoint is written beside its place, sealed with a manifest of checksums, and renamed; so
+whatever is called `step_N` is whole, and whatever a kill or a full disk left behind is a `.tmp` folder that
+nobody reads.
 """
 
+import os
 import re
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from limbeck.errors import CorruptError, LimbeckError
-from limbeck.storage import MANIFEST, fsync_tree, read_json, sha256_file, write_manifest
+from limbeck.storage import (
+    MANIFEST,
+    atomic_write_text,
+    commit_folder,
+    fsync_folder,
+    fsync_tree,
+    inside,
+    read_json,
+    sha256_file,
+    write_manifest,
+)
 
-_NAME = re.compile(r"^checkpoint-(\d+)$")
+LATEST = "latest"
+BEST = "best"
+_NAME = re.compile(r"^step_(\d+)$")
+_MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt")
+_NOT_MODEL = {"trainer_state.json", "progress.json", MANIFEST}
+_FULL = 0.90
 
 
-def seal(folder: Path, step: int) -> None:
-    """Record every file of a finished checkpoint with its checksum; after this it is whole."""
-    files = [path for path in fsync_tree(folder) if path.name != MANIFEST]
-    records = {str(path.relative_to(folder)): sha256_file(path) for path in files}
-    write_manifest(folder, {"kind": "checkpoint", "step": step, "files": records})
+def partial_folder(folder: Path, step: int) -> Path:
+    """Where checkpoint `step` is written before it is whole."""
+    return folder / f".step_{step}.tmp"
 
 
-def rotate(folder: Path, keep: int | None, best: str | None) -> None:
-    """Delete all but the newest `keep` whole checkpoints and the best one; None keeps all.
+def commit(folder: Path, step: int) -> tuple[Path, int]:
+    """Seal the written checkpoint, put it into place and point `latest` at it; returns it and its bytes."""
+    partial, final = partial_folder(folder, step), folder / f"step_{step}"
+    files = [path for path in fsync_tree(partial) if path.name != MANIFEST]
+    size = sum(path.stat().st_size for path in files)
+    records = {str(path.relative_to(partial)): sha256_file(path) for path in files}
+    write_manifest(partial, {"kind": "checkpoint", "step": step, "bytes": size, "files": records})
+    if final.exists():  # a damaged or abandoned one of the same step
+        remove(final)
+    partial.rename(final)
+    fsync_folder(folder)
+    atomic_write_text(folder / LATEST, f"step_{step}\n")
+    return final, size
 
-    The manifest goes first, so that a kill in between leaves rubbish and no half-truth.
-    """
+
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint; its manifest goes first, so that a kill in between leaves rubbish and no half-truth."""
+    (checkpoint / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint)
+
+
+def rotate(folder: Path, keep: int | None, best_step: int | None) -> None:
+    """Delete all but the newest `keep` whole checkpoints and the best one; None keeps all."""
     if keep is None:
         return
     for step in steps(folder)[:-keep]:
-        path = folder / f"checkpoint-{step}"
-        if best is None or path.resolve() != Path(best).resolve():
-            (path / MANIFEST).unlink()
-            shutil.rmtree(path)
+        if step != best_step:
+            remove(folder / f"step_{step}")
 
 
 def steps(folder: Path) -> list[int]:
     """Steps of the whole checkpoints in a run's folder, ascending."""
     found = []
-    for path in folder.glob("checkpoint-*"):
+    for path in folder.glob("step_*"):
         match = _NAME.match(path.name)
         if match and (path / MANIFEST).exists():
             found.append(int(match[1]))
@@ -46,12 +78,18 @@ def steps(folder: Path) -> list[int]:
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint in a run's folder, its files verified; None when there is none."""
-    for step in reversed(steps(folder)):
-        path = folder / f"checkpoint-{step}"
-        verify(path)
-        return path
-    return None
+    """The checkpoint that `latest` names, or else the newest whole one, verified; None when there is none."""
+    found = steps(folder)
+    if not found:
+        return None
+    path = folder / f"step_{found[-1]}"
+    pointer = folder / LATEST
+    if pointer.exists():
+        named = inside(folder, pointer.read_text(encoding="utf-8").strip() or ".")
+        if (named / MANIFEST).exists() and _NAME.match(named.name):
+            path = named
+    verify(path)
+    return path
 
 
 def verify(folder: Path) -> None:
@@ -61,7 +99,7 @@ def verify(folder: Path) -> None:
         CorruptError: a file is missing or altered.
     """
     for name, checksum in read_json(folder / MANIFEST)["files"].items():
-        path = folder / name
+        path = inside(folder, name)
         if not path.is_file() or sha256_file(path) != checksum:
             raise CorruptError(
                 f"{path} is missing or damaged (its checksum is not the recorded one). Delete {folder} to continue "
@@ -71,16 +109,19 @@ def verify(folder: Path) -> None:
 
 def forget_after(folder: Path, step: int) -> None:
     """Drop checkpoints later than `step`: the run goes on from there, and they belong to what it leaves behind."""
-    for later in (found for found in steps(folder) if found > step):
-        path = folder / f"checkpoint-{later}"
-        (path / MANIFEST).unlink()
-        shutil.rmtree(path)
+    dropped = [found for found in steps(folder) if found > step]
+    if dropped:
+        (folder / LATEST).unlink(missing_ok=True)
+        if (folder / BEST).exists():
+            shutil.rmtree(folder / BEST)
+    for later in dropped:
+        remove(folder / f"step_{later}")
 
 
 def remove_partial(folder: Path) -> None:
-    """Delete what a kill in the middle of a save left behind."""
-    for path in folder.glob("checkpoint-*"):
-        if path.is_dir() and _NAME.match(path.name) and not (path / MANIFEST).exists():
+    """Delete what a kill in the middle of a save or a removal left behind."""
+    for path in [*folder.glob(".step_*.tmp"), *folder.glob("step_*")]:
+        if path.is_dir() and not (path.name.startswith("step_") and (path / MANIFEST).exists()):
             shutil.rmtree(path)
 
 
@@ -96,7 +137,7 @@ def resolve_resume(path: Path) -> Path:
     found = newest(path) if path.is_dir() else None
     if found is None:
         raise LimbeckError(
-            f"training.resume_from is {path}, which is no whole checkpoint and holds none. Name a checkpoint-N "
+            f"training.resume_from is {path}, which is no whole checkpoint and holds none. Name a step_N "
             "folder or a run's folder; to start from weights alone set student.model."
         )
     return found
@@ -105,3 +146,59 @@ def resolve_resume(path: Path) -> Path:
 def checkpoint_step(path: Path) -> int:
     """The optimizer step a checkpoint was saved at."""
     return int(read_json(path / MANIFEST)["step"])
+
+
+def publish_model(source: Path, target: Path) -> None:
+    """Put a model folder's weights, config and tokenizer, without optimizer state, at `target` in one rename.
+
+    Weights are linked where the file system can, so that `best/` costs no room.
+    """
+    partial = target.with_name(f".{target.name}.tmp")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    for path in source.iterdir():
+        if path.suffix not in _MODEL_FILES or path.name in _NOT_MODEL:
+            continue
+        try:
+            os.link(path, partial / path.name)
+        except OSError:
+            shutil.copy2(path, partial / path.name)
+    commit_folder(partial, target)
+
+
+def room_for(folder: Path, needed: int) -> tuple[str | None, str | None]:
+    """A warning when the disk is 90 % full, and a refusal when `needed` bytes do not fit; None where all is well."""
+    usage = shutil.disk_usage(folder)
+    # What root alone may use is not room for a run.
+    share = 1.0 - usage.free / (usage.used + usage.free)
+    state = f"{usage.free / 1e9:.2f} GB free at {folder}, a checkpoint takes {needed / 1e9:.2f} GB"
+    warning = f"Disk {share:.0%} full ({state})" if share > _FULL else None
+    refusal = f"no room for a checkpoint ({state})" if needed > usage.free else None
+    return warning, refusal
+
+
+def last_size(folder: Path) -> int | None:
+    """Bytes of the newest whole checkpoint: the estimate for the next one."""
+    found = steps(folder)
+    return int(read_json(folder / f"step_{found[-1]}" / MANIFEST)["bytes"]) if found else None
+
+
+def first_failure(pieces: Sequence[Callable[[], object]]) -> str | None:
+    """Call every piece of a save, whatever happens to the others; what went wrong first, when files failed.
+
+    Every piece runs because ranks talk to each other in some of them. An error that is not a file's goes on.
+    """
+    from safetensors import SafetensorError
+
+    problem = None
+    for piece in pieces:
+        try:
+            piece()
+        except (OSError, SafetensorError) as error:
+            problem = problem or str(error)
+        except RuntimeError as error:  # torch.save's way of reporting a failed write
+            if "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
+                raise
+            problem = problem or str(error).splitlines()[0]
+    return problem

@@ -14,17 +14,29 @@ import torch
 from transformers.modeling_outputs import CausalLMOutput
 
 from limbeck.losses.fused import FusedLossOutput, fused_distillation_loss
+from limbeck.losses.router import RouterLosses, router_losses, routing_top_k
 from limbeck.models import LogitTransform, head_replaced, verified_transform
 from limbeck.targets.sparse import SparseTargets
 
 
 @dataclass(frozen=True)
 class LossRequest:
-    """What the forward needs to return a loss: labels, targets and the loss's settings."""
+    """What the forward needs to return a loss.
+
+    Attributes:
+        labels: `[B, T]` the next token of each position.
+        targets: the teacher's, or None.
+        settings: keywords of `fused_distillation_loss`.
+        tokens: `[B, T]` True where there is text, for the router's means; None: everywhere.
+        router: weights (load balance, auxiliary) and the auxiliary's kind.
+        num_items: divisor of the sums.
+    """
 
     labels: torch.Tensor
     targets: SparseTargets | None
     settings: dict[str, Any]
+    tokens: torch.Tensor | None = None
+    router: tuple[float, float, str] = (0.0, 0.0, "z")
     num_items: torch.Tensor | float | None = None
 
 
@@ -33,6 +45,7 @@ class LossOutput(CausalLMOutput):
     """A causal LM's output that carries the fused loss and its parts instead of logits."""
 
     parts: FusedLossOutput | None = None
+    router: RouterLosses | None = None
 
 
 def attach_fused_loss(model: Any) -> None:
@@ -44,6 +57,7 @@ def attach_fused_loss(model: Any) -> None:
     """
     transform = verified_transform(model)
     head = model.get_output_embeddings()
+    top_k = routing_top_k(model.config)
     plain_forward = model.forward
 
     def forward(*args: Any, loss_request: LossRequest | None = None, **kwargs: Any) -> Any:
@@ -57,12 +71,20 @@ def attach_fused_loss(model: Any) -> None:
             found.append((parts, parts.loss.reshape(1, 1, 1)))
             return found[0][1]
 
+        if top_k is not None:
+            kwargs["output_router_logits"] = True
         with head_replaced(head, head_forward):
             outputs = plain_forward(*args, **{**kwargs, "use_cache": False})
         parts, carried = found[0]
         # The loss goes on from the very tensor that left the head, so that hooks on the head's output (FSDP2)
         # see the gradient.
-        return LossOutput(loss=carried.reshape(()), parts=parts, hidden_states=outputs.hidden_states)
+        loss, router = carried.reshape(()), None
+        if top_k is not None and outputs.router_logits:
+            balance, aux, kind = loss_request.router
+            router = router_losses(outputs.router_logits, loss_request.tokens, top_k, kind)
+            items = parts.num_valid if loss_request.num_items is None else loss_request.num_items
+            loss = loss + (balance * router.load_balance + aux * router.aux) * (parts.num_valid / items)
+        return LossOutput(loss=loss, parts=parts, router=router, hidden_states=outputs.hidden_states)
 
     model.forward = forward
 

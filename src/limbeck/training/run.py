@@ -6,13 +6,13 @@ checkpoint and end with the same bytes as an undisturbed run; other inputs are r
 
     student/
       inputs.json  recipe.yaml  provenance.jsonl  training.log  runs/   (written first, or as it goes)
-      checkpoint-N/  best/  final/  manifest.json                       (manifest last)
+      step_N/  latest  best/  final/  manifest.json                     (manifest last)
 """
 
 import contextlib
 import json
 import os
-import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ from limbeck.config import Recipe
 from limbeck.console import say, warn
 from limbeck.data.dataset import PackedDataset
 from limbeck.data.tokenizer import LoadedTokenizer, recipe_tokenizer
+from limbeck.errors import LimbeckError
 from limbeck.models import build_student, embedded_vocab_size, model_identity, require_packing
+from limbeck.optim.groups import build_groups, describe_groups
 from limbeck.storage import (
     INPUTS,
     MANIFEST,
@@ -38,15 +40,24 @@ from limbeck.storage import (
 )
 from limbeck.teachers.base import Teacher
 from limbeck.teachers.choose import open_teacher, teacher_inputs
-from limbeck.training.checkpoints import checkpoint_step, forget_after, newest, remove_partial, resolve_resume, steps
-from limbeck.training.param_groups import build_param_groups, describe_groups
+from limbeck.training.advice import advise
+from limbeck.training.checkpoints import (
+    BEST,
+    checkpoint_step,
+    forget_after,
+    newest,
+    publish_model,
+    remove_partial,
+    resolve_resume,
+    steps,
+)
 
 _USERS_LOGGING_DIR = os.environ.get("TENSORBOARD_LOGGING_DIR")
 
 #: Keys of `training` that change how a run is watched or stored, not what it computes.
 _NOT_INPUTS = {
     "output_dir", "resume", "resume_from", "logging_steps", "save_total_limit", "report_to", "device",
-    "dataloader_num_workers", "per_device_eval_batch_size", "eval_steps", "eval_rows", "save_steps",
+    "dataloader_num_workers", "dashboard", "per_device_eval_batch_size", "eval_steps", "eval_rows", "save_steps",
 }  # fmt: skip
 
 
@@ -54,6 +65,8 @@ def train_inputs(recipe: Recipe, rows: PackedDataset, start: str | None = None) 
     """Everything the trained weights depend on."""
     training = recipe.training.model_dump(mode="json", exclude=_NOT_INPUTS)
     return {
+        "optimizer": recipe.optimizer.model_dump(mode="json"),
+        "saddle": recipe.saddle.model_dump(mode="json") if recipe.saddle.enabled else None,
         "packed": rows.fingerprint,
         "attention": recipe.dataset.attention,
         "student": recipe.student.config,
@@ -64,7 +77,6 @@ def train_inputs(recipe: Recipe, rows: PackedDataset, start: str | None = None) 
         "seed": recipe.seed,
         "loss": recipe.loss.model_dump(mode="json", exclude={"chunk_size"}) if recipe.distils else None,
         "teacher": teacher_inputs(recipe),
-        "stages": recipe.stages.model_dump() if recipe.stages.enabled else None,
     }
 
 
@@ -73,47 +85,10 @@ def training_rows(recipe: Recipe) -> PackedDataset:
     return PackedDataset(recipe.packed_dir, "train", recipe.dataset.train_rows)
 
 
-def train(recipe: Recipe, folder: Path, *, aside: Path | None = None, force: bool = False) -> dict[str, Any]:
-    """Train the recipe's student in `folder` (through its stages, if it has any); returns the manifest.
-
-    A folder trained from other inputs is moved into `aside` when that is given, and refused otherwise; `force`
-    starts over.
-    """
-    if not recipe.stages.enabled:
-        return _train_one(recipe, folder, None, aside, force)
-    outer = StageFolder(folder, "train", train_inputs(recipe, training_rows(recipe)), aside)
-    main = ranks.rank() == 0
-    if main:
-        outer.begin(clean=False, replace=force)
-    ranks.wait_until(lambda: outer.recorded() == outer.fingerprint, f"rank 0 to begin {folder}")
-    start: Path | None = None
-    manifest: dict[str, Any] = {}
-    for stage in recipe.stages.configs:
-        say(f"stage {stage.stage_name}")
-        manifest = _train_one(_stage_recipe(recipe, stage), folder / stage.stage_name, start, None, False)
-        start = folder / stage.stage_name / "final"
-    assert start is not None
-    if main:
-        _copy_model(start, folder / "final")
-        names = [stage.stage_name for stage in recipe.stages.configs]
-        manifest = write_manifest(folder, {**manifest, "fingerprint": outer.fingerprint, "stages": names})
-    return manifest
-
-
-def _stage_recipe(recipe: Recipe, stage: Any) -> Recipe:
-    length = (
-        {"max_steps": stage.max_steps} if stage.max_steps else {"max_steps": -1, "num_train_epochs": stage.num_epochs}
-    )
-    changes: dict[str, Any] = {
-        "training": recipe.training.model_copy(update=length),
-        "stages": recipe.stages.model_copy(update={"enabled": False}),
-    }
-    if stage.parameter_lr_multipliers is not None:
-        changes["parameter_lr_multipliers"] = stage.parameter_lr_multipliers
-    return recipe.model_copy(update=changes)
-
-
-def _train_one(recipe: Recipe, folder: Path, start: Path | None, aside: Path | None, force: bool) -> dict[str, Any]:
+def train_one(
+    recipe: Recipe, folder: Path, start: Path | None = None, aside: Path | None = None, force: bool = False
+) -> dict[str, Any]:
+    """Train one stage (or a run without stages) in `folder`, from the weights in `start`; returns the manifest."""
     tokenizer = recipe_tokenizer(recipe)
     rows = training_rows(recipe)
     rows.check(tokenizer, recipe.dataset.max_length)
@@ -121,21 +96,43 @@ def _train_one(recipe: Recipe, folder: Path, start: Path | None, aside: Path | N
     teacher = open_teacher(recipe, tokenizer, rows) if recipe.distils else None
     begun_from = model_identity(str(start))["weights"] if start else None
     stage = StageFolder(folder, "train", train_inputs(recipe, rows, begun_from), aside)
+    main = ranks.rank() == 0
+    if main:
+        stage.bring_back()
+    else:
+        ranks.wait_until(lambda: stage.recorded() == stage.fingerprint, f"rank 0 to begin {folder}")
     if stage.is_done() and recipe.training.resume_from is None and not force:
         say(f"{folder} is complete")
         return stage.manifest()
     student = _student(recipe, tokenizer, start, teacher)  # whatever is wrong with it shows before anything is written
-    main = ranks.rank() == 0
     with stage.lock() if main else contextlib.nullcontext():
         changed = _begin(stage, recipe, force) if main else None
-        ranks.wait_until(lambda: stage.recorded() == stage.fingerprint, f"rank 0 to begin {folder}")
-        trainer = _trainer(recipe, folder, student, teacher, rows, held_out)
+        trainer = _trainer(recipe, folder, student, teacher, rows, held_out, tokenizer)
         # Rank 0 chooses for all: it may drop checkpoints while the others look.
         (resume,) = broadcast_object_list([_resume_point(recipe, folder, changed) if main else None])
         if main:
             _record_provenance(stage, recipe, resume, changed)
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        return _finish(trainer, stage, tokenizer)
+        trainer.settings_id = stage.fingerprint
+        with _peers_named(folder):
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        return _finish(trainer, stage, recipe)
+
+
+@contextlib.contextmanager
+def _peers_named(folder: Path) -> Iterator[None]:
+    """Say in one line what a lost connection between ranks means."""
+    try:
+        yield
+    except RuntimeError as error:
+        lost = ("closed by peer", "Connection reset", "Broken pipe", "Connection refused", "NCCL", "timed out", "gloo")
+        if ranks.world_size() == 1 or not any(word in str(error) for word in lost):
+            raise
+        kept = newest(folder)
+        raise LimbeckError(
+            f"rank {ranks.rank()} of {ranks.world_size()} lost another rank, which ended or cannot be reached "
+            f"({str(error).splitlines()[0][:160]}). Look for the first error of the other ranks; run the same command "
+            f"again to continue from {kept if kept else 'the beginning: no checkpoint had been written'}."
+        ) from None
 
 
 def _begin(stage: StageFolder, recipe: Recipe, force: bool) -> str | None:
@@ -168,7 +165,8 @@ def _student(recipe: Recipe, tokenizer: LoadedTokenizer, start: Path | None, tea
             f"the teacher's vocabulary has {teacher.vocab_size} ids and the student's "
             f"{embedded_vocab_size(student)}; ids only one of them has get probability 0 on the other side"
         )
-    build_param_groups(student, 1.0, 0.0, [(m.pattern, m.lr_multiplier) for m in recipe.parameter_lr_multipliers])
+    rules = [(m.pattern, m.lr_multiplier) for m in recipe.parameter_lr_multipliers]
+    build_groups(student, recipe.optimizer, recipe.learning_rate, recipe.training.weight_decay, rules)
     return student
 
 
@@ -179,6 +177,7 @@ def _trainer(
     teacher: Teacher | None,
     rows: PackedDataset,
     held_out: PackedDataset,
+    tokenizer: LoadedTokenizer,
 ) -> Any:
     from limbeck.training.arguments import arguments_from_recipe
     from limbeck.training.trainer import DistillationTrainer
@@ -190,6 +189,7 @@ def _trainer(
         teacher=teacher,
         train_dataset=rows,
         eval_dataset=held_out if len(held_out) else None,
+        tokenizer=tokenizer.hf,
     )
     groups = trainer.create_optimizer().param_groups
     say("optimizer groups:\n" + describe_groups(groups, student))
@@ -232,51 +232,36 @@ def _record_provenance(stage: StageFolder, recipe: Recipe, resume: Path | None, 
         lines.write(json.dumps(entry, sort_keys=True) + "\n")
 
 
-def _finish(trainer: Any, stage: StageFolder, tokenizer: LoadedTokenizer) -> dict[str, Any]:
-    """Write `final/` and `best/`, then the manifest."""
-    final = stage.path / "final"
-    partial = stage.path / ".final.tmp"
+def _finish(trainer: Any, stage: StageFolder, recipe: Recipe) -> dict[str, Any]:
+    """Write `final/` and `best/`, then the manifest with what the curves advise."""
+    folder, state = stage.path, trainer.state
+    final, partial = folder / "final", folder / ".final.tmp"
     manifest: dict[str, Any] = {}
-    if trainer.args.should_save and partial.exists():
-        shutil.rmtree(partial)
     trainer.model.config.use_cache = True  # off in training only; whoever loads this wants to generate with it
-    trainer.save_model(str(partial))  # all ranks: a sharded model is gathered here
+    trainer.save_final(partial)
     if trainer.args.should_save:
-        tokenizer.hf.save_pretrained(partial)
         commit_folder(partial, final)
-        if trainer.state.best_model_checkpoint is not None:
-            _copy_model(Path(trainer.state.best_model_checkpoint), stage.path / "best", tokenizer)
+        best = folder / f"step_{state.best_global_step}"
+        if state.best_global_step is not None and best.is_dir():
+            publish_model(best, folder / BEST)
         weights = {p.name: sha256_file(p) for p in sorted(final.glob("*.safetensors"))}
+        curves = [entry for entry in state.log_history if "loss" in entry or "eval_loss" in entry]
+        advice = advise(curves, recipe)
         manifest = {
             "kind": "student",
             "fingerprint": stage.fingerprint,
-            "steps": trainer.state.global_step,
-            "best_step": trainer.state.best_global_step,
-            "best_eval_loss": trainer.state.best_metric,
+            "steps": state.global_step,
+            "best_step": state.best_global_step,
+            "best_eval_loss": state.best_metric,
             "parameters": sum(p.numel() for p in trainer.model.parameters()),
             "weights": weights,
+            "advice": advice,
         }
-        write_manifest(stage.path, manifest)
-        say(f"trained {trainer.state.global_step} steps; weights in {final}")
+        write_manifest(folder, manifest)
+        say(f"trained {state.global_step} steps; weights in {final}")
+        say(f"advice: {advice}")
     trainer.accelerator.wait_for_everyone()
     return manifest
-
-
-def _copy_model(source: Path, target: Path, tokenizer: LoadedTokenizer | None = None) -> None:
-    """Copy a model folder's weights, config and tokenizer, without optimizer state, in one rename."""
-    partial = target.with_name(f".{target.name}.tmp")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    for path in source.iterdir():
-        if path.suffix in (".json", ".safetensors", ".jinja") and path.name not in (
-            "trainer_state.json",
-            "manifest.json",
-        ):
-            shutil.copy2(path, partial / path.name)
-    if tokenizer is not None:
-        tokenizer.hf.save_pretrained(partial)
-    commit_folder(partial, target)
 
 
 def student_folder(folder: Path) -> Path:

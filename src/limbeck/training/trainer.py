@@ -1,7 +1,7 @@
 """DistillationTrainer: transformers.Trainer whose loss is (1−α)·CE + α·τ²·D to a teacher.
 
-The one idea: override what the loss is and what a checkpoint must hold, and nothing else; accelerate, DDP,
-FSDP2, schedules, trackers and resuming are the Trainer's own.
+The one idea: override what the loss is, which optimizer steps, and what a checkpoint must hold, and nothing
+else; accelerate, DDP, FSDP2, trackers and resuming are the Trainer's own.
 
 Use it in your own script:
 
@@ -19,25 +19,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PrinterCallback, Trainer
+from transformers import PreTrainedModel, PrinterCallback, get_scheduler
 
+from limbeck.config import OptimizerConfig, SaddleConfig
 from limbeck.data.dataset import PackedDataset, PackedRows
 from limbeck.errors import ConfigError
+from limbeck.losses.dense import dense_distillation_loss
+from limbeck.optim.groups import build_groups, check_groups
+from limbeck.optim.hybrid import HybridOptimizer
+from limbeck.optim.schedules import SCHEDULES, schedule_arguments
 from limbeck.targets.sparse import SparseTargets
 from limbeck.targets.store import TeacherCache
 from limbeck.teachers.base import Teacher
 from limbeck.teachers.local import LocalTeacher
 from limbeck.training.arguments import DistillationArguments
 from limbeck.training.callbacks import LogLines
-from limbeck.training.checkpoints import rotate, seal
+from limbeck.training.checkpointing import CheckpointingTrainer
 from limbeck.training.collate import RowCollator
+from limbeck.training.dashboard import Dashboard, wants_dashboard
+from limbeck.training.guard import StepGuard
 from limbeck.training.head import LossRequest, attach_fused_loss
-from limbeck.training.param_groups import build_param_groups
+from limbeck.training.metrics import StepMetrics
+from limbeck.training.saddle import SaddleCallback
 
-_PARTS = ("ce", "divergence", "teacher_mass", "student_mass", "top1", "tokens")
 
-
-class DistillationTrainer(Trainer):
+class DistillationTrainer(CheckpointingTrainer):
     """A Trainer for packed rows with a teacher.
 
     Args:
@@ -48,15 +54,13 @@ class DistillationTrainer(Trainer):
             needs `row_id`); `PackedDataset` gives all of them.
         eval_dataset: the same, held out.
         data_collator: default `RowCollator(teacher)`.
+        tokenizer: saved beside the weights of every checkpoint.
         kwargs: further arguments of transformers.Trainer.
 
     Raises:
-        ConfigError: the loss's temperature is not one the teacher declares, or its attention is another.
+        ConfigError: a temperature of the loss is not one the teacher declares, or its attention is another.
         MismatchError: a cached teacher was made for other rows than `train_dataset`.
     """
-
-    control: Any
-    optimizer: Any
 
     def __init__(
         self,
@@ -68,42 +72,53 @@ class DistillationTrainer(Trainer):
         eval_dataset: Any = None,
         data_collator: Any = None,
         eval_teacher: Teacher | None = None,
+        tokenizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        if teacher is not None and args.temperature not in teacher.temperatures:
-            raise ConfigError(
-                f"loss.temperature is {args.temperature} and the teacher declares {list(teacher.temperatures)}. "
-                "Use a declared temperature, or declare it in teacher.temperatures and make the targets again."
-            )
         if args.attention not in ("per_document", "packed"):
             raise ConfigError(f"attention is {args.attention!r}; choose per_document or packed.")
-        if isinstance(teacher, TeacherCache) and isinstance(train_dataset, PackedDataset):
-            teacher.check(train_dataset, args.attention)
-        if isinstance(teacher, LocalTeacher) and teacher.attention != args.attention:
-            raise ConfigError(f"the teacher's attention is {teacher.attention} and the student's {args.attention}.")
+        if teacher is not None:
+            _check_teacher(teacher, args, train_dataset)
         # Outside torchrun one process drives one GPU: nn.DataParallel would bypass the fused forward.
         args._n_gpu = min(args.n_gpu, 1)
-        self._keep_checkpoints, args.save_total_limit = args.save_total_limit, None
         attach_fused_loss(model)
         self.teacher = teacher
         self.eval_teacher = eval_teacher or (teacher if teacher is not None and not teacher.in_workers else None)
-        collator = data_collator or RowCollator(teacher)
+        self._alpha = args.alpha_ramp
+        self._temperature = args.temperature_ramp(teacher.temperatures if teacher is not None else ())
+        self.metrics, self._guard = StepMetrics(), StepGuard()
         self._eval_collator = RowCollator(self.eval_teacher)
         super().__init__(
             model=model,
             args=args,
-            data_collator=collator,
+            data_collator=data_collator or RowCollator(teacher),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             **kwargs,
         )
+        self.tokenizer_to_save = tokenizer
+        self.step_loss = 0.0
         # compute_loss divides by the number of positions in the whole accumulated, data-parallel batch.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self.remove_callback(PrinterCallback)  # it prints to stdout, which belongs to the command's result
-        self.add_callback(LogLines(Path(args.output_dir) / "training.log"))
-        self._sums = torch.zeros(len(_PARTS), dtype=torch.float64)
-        self._clock = time.perf_counter()
+        panel = self.is_world_process_zero() and wants_dashboard(args.dashboard)
+        self.add_callback(LogLines(Path(args.output_dir) / "training.log", quiet=panel))
+        self._panel = Dashboard() if panel else None
+        if self._panel is not None:
+            self.add_callback(self._panel)
+        saddle = SaddleConfig.model_validate(args.saddle)
+        self.saddle = SaddleCallback(self, saddle) if saddle.enabled else None
+        if self.saddle is not None:
+            self.add_callback(self.saddle)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train; `True` resumes from the newest whole checkpoint of `output_dir`."""
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            if self._panel is not None:
+                self._panel.close()
 
     # -- loss ------------------------------------------------------------------------------------------
 
@@ -115,9 +130,13 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """The loss of one micro-batch, divided by the positions of the whole batch."""
-        outputs = self._forward(model, inputs, self.teacher, num_items_in_batch)
-        self._count(outputs.parts)
+        rows = PackedRows(inputs["row_ids"], inputs["input_ids"], inputs["doc_ids"])
+        with self.metrics.waiting("teacher", self._teacher_device):
+            targets = self._targets(rows, inputs, self.teacher)
+        outputs = self._forward(model, rows, inputs["labels"], targets, num_items_in_batch)
+        self.metrics.add(outputs)
         loss = outputs.loss
+        self._guard.saw(rows.row_ids, loss, targets)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP averages over ranks; the divisor already counts all
         return (loss, outputs) if return_outputs else loss
@@ -125,15 +144,29 @@ class DistillationTrainer(Trainer):
     def _forward(
         self,
         model: Any,
-        inputs: dict[str, Any],
-        teacher: Teacher | None,
+        rows: PackedRows,
+        labels: torch.Tensor,
+        targets: SparseTargets | None,
         num_items: torch.Tensor | int | None,
     ) -> Any:
-        rows = PackedRows(inputs["row_ids"], inputs["input_ids"], inputs["doc_ids"])
+        args, step = self.args, self.state.global_step
         request = LossRequest(
-            inputs["labels"], self._targets(rows, inputs, teacher), self.args.loss_settings, num_items
+            labels=labels,
+            targets=targets,
+            settings={**args.loss_settings, **self.loss_weights(step if model.training else self.state.max_steps)},
+            tokens=rows.doc_ids >= 0,
+            router=(args.load_balance, args.router_aux, args.router_aux_kind),
+            num_items=num_items,
         )
-        return model(**rows.model_inputs(self.args.attention), loss_request=request)
+        return model(**rows.model_inputs(args.attention), loss_request=request)
+
+    def loss_weights(self, step: int) -> dict[str, float]:
+        """α and τ of an optimizer step, 0 being the first."""
+        return {"alpha": self._alpha.at(step), "temperature": self._temperature.at(step)}
+
+    @property
+    def _teacher_device(self) -> torch.device | None:
+        return self.args.device if self.teacher is not None and not self.teacher.in_workers else None
 
     @staticmethod
     def _targets(rows: PackedRows, inputs: dict[str, Any], teacher: Teacher | None) -> SparseTargets | None:
@@ -143,39 +176,33 @@ class DistillationTrainer(Trainer):
             return teacher.template().with_tensors(inputs["targets"])
         return teacher.targets(rows).to(rows.input_ids.device)
 
-    def _count(self, parts: Any) -> None:
-        values = (
-            parts.ce_sum,
-            parts.divergence_sum,
-            parts.teacher_mass,
-            parts.student_mass,
-            parts.top1_matches,
-            parts.num_valid,
-        )
-        self._sums = self._sums.to(parts.ce_sum.device) + torch.stack([v.detach().double() for v in values])
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """The micro-batches of a step; the time they take is waiting for data."""
+        with self.metrics.waiting("data"):
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     # -- logging ---------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the loss's parts and the throughput since the last log to what the Trainer logs."""
+        """Add the loss's parts, rates, waiting and throughput since the last line to what the Trainer logs."""
         if "loss" in logs:
-            now = time.perf_counter()
-            sums = self._reduce(self._sums)
-            tokens = max(sums["tokens"], 1.0)
-            logs["ce_loss"] = sums["ce"] / tokens
-            logs["tokens_per_second"] = sums["tokens"] / max(now - self._clock, 1e-9)
-            if self.teacher is not None:
-                logs["kl_loss"] = sums["divergence"] / tokens
-                logs["teacher_mass"] = sums["teacher_mass"] / tokens
-                logs["student_mass"] = sums["student_mass"] / tokens
-                logs["top1_agreement"] = sums["top1"] / tokens
-            self._sums = torch.zeros_like(self._sums)
-            self._clock = now
-        super().log(logs, start_time)
+            distils = self.teacher is not None
+            by_loader = distils and self.teacher is not None and self.teacher.in_workers
+            logs.update(self.metrics.drain(self._sum_over_ranks, distils=distils, targets_by_loader=by_loader))
+            logs.update({f"lr/{name}": rate for name, rate in self._rates.items()})
+            if distils:
+                logs.update(self.loss_weights(max(self.state.global_step - 1, 0)))
+        try:
+            super().log(logs, start_time)
+        except OSError as error:  # a tracker that cannot write must not end the run
+            self.warn_once("log", f"a tracker could not write ({error}); training goes on without that line")
 
-    def _reduce(self, sums: torch.Tensor) -> dict[str, float]:
-        total = self.accelerator.reduce(sums.float() if sums.device.type == "mps" else sums, reduction="sum")
-        return dict(zip(_PARTS, total.tolist(), strict=True))
+    def _sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        moved = values.to(self.args.device)
+        total: torch.Tensor = self.accelerator.reduce(
+            moved.float() if moved.device.type == "mps" else moved, reduction="sum"
+        )
+        return total
 
     # -- evaluation during training --------------------------------------------------------------------
 
@@ -190,8 +217,7 @@ class DistillationTrainer(Trainer):
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         if dataset is None:
             raise ConfigError("evaluation was asked for and there is no eval_dataset; give one, or unset eval_steps.")
-        clock, kept = time.perf_counter(), self._sums
-        self._sums = torch.zeros_like(self._sums)
+        clock, seen = time.perf_counter(), StepMetrics()
         model = self.model_wrapped if self.model_wrapped is not None else self.model
         model.eval()
         size, world = self.args.per_device_eval_batch_size, self.args.world_size
@@ -200,12 +226,14 @@ class DistillationTrainer(Trainer):
             # Every rank runs every round, so that sharded models stay in step; one without rows counts nothing.
             start = first + self.args.process_index * size
             indices = range(start, min(start + size, count)) or range(1)
-            batch = self._eval_collator([dataset[i] for i in indices])
+            inputs = self._prepare_inputs(self._eval_collator([dataset[i] for i in indices]))
+            rows = PackedRows(inputs["row_ids"], inputs["input_ids"], inputs["doc_ids"])
             with self.compute_loss_context_manager():
-                outputs = self._forward(model, self._prepare_inputs(batch), self.eval_teacher, None)
+                targets = self._targets(rows, inputs, self.eval_teacher)
+                outputs = self._forward(model, rows, inputs["labels"], targets, None)
             if start < count:
-                self._count(outputs.parts)
-        sums, self._sums = self._reduce(self._sums), kept
+                seen.add(outputs)
+        sums = seen.sums(self._sum_over_ranks)
         model.train()
         tokens = max(sums["tokens"], 1.0)
         metrics = {"loss": sums["ce"] / tokens, "perplexity": math.exp(min(sums["ce"] / tokens, 700.0))}
@@ -215,27 +243,84 @@ class DistillationTrainer(Trainer):
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self._clock += time.perf_counter() - clock  # throughput is of training alone
+        self.metrics.skip(time.perf_counter() - clock)  # throughput is of training alone
         return metrics
 
     # -- optimizer -------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW over the groups of `parameter_lr_multipliers`; every parameter in exactly one of them."""
+        """The groups of `optimizer` and `parameter_lr_multipliers`; every parameter in exactly one of them."""
         if self.optimizer is None:
             args = self.args
-            groups = build_param_groups(
-                model or self.model, args.learning_rate, args.weight_decay, args.parameter_lr_multipliers
+            groups = build_groups(
+                model or self.model,
+                OptimizerConfig.model_validate(args.optimizer),
+                args.learning_rate,
+                args.weight_decay,
+                args.parameter_lr_multipliers,
+                (args.adam_beta1, args.adam_beta2),
             )
-            self.optimizer = torch.optim.AdamW(
-                groups,
-                lr=args.learning_rate,
-                betas=(args.adam_beta1, args.adam_beta2),
-                eps=args.adam_epsilon,
-                fused=True,
-            )
+            self.optimizer = HybridOptimizer(groups)
+        # Here too, because it may be the user's own: `optimizers=(…, None)`.
+        check_groups(model or self.model, self.optimizer.param_groups)
         optimizer: torch.optim.Optimizer = self.optimizer
         return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """transformers' schedules; warm-up and decay are checked against the length of the run."""
+        args = self.args
+        kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+        if self.lr_scheduler is not None or kind not in SCHEDULES:
+            return super().create_scheduler(num_training_steps, optimizer)
+        warmup = args.get_warmup_steps(num_training_steps)
+        name, special = schedule_arguments(
+            kind,
+            num_training_steps,
+            warmup,
+            decay_ratio=args.decay_ratio,
+            decay_type=args.decay_type,
+            min_lr_ratio=args.min_lr_ratio,
+        )
+        self.lr_scheduler = get_scheduler(
+            name,
+            optimizer=optimizer or self.optimizer,
+            num_warmup_steps=warmup,
+            num_training_steps=num_training_steps,
+            scheduler_specific_kwargs=special,
+        )
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The norm before clipping; the last moment at which a step can be refused."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.last_grad_norm = float(norm)
+        if self.saddle is not None:
+            self.step_loss = float(self._sum_over_ranks(self._guard.step_loss(self.args.device)))
+        scaled = getattr(self.accelerator, "scaler", None) is not None
+        self._guard.check(self.state.global_step + 1, self.last_grad_norm, self.model, self.args, scaled)
+        self._rates = {
+            str(group.get("name", number)): float(group["lr"])
+            for number, group in enumerate(self.optimizer.param_groups)
+        }
+        return norm
+
+    def probe_loss(self, rows: int) -> torch.Tensor:
+        """The loss of the first `rows` training rows, written out so that it can be differentiated twice."""
+        args, device = self.args, self.args.device
+        model = self.accelerator.unwrap_model(self.model).eval()
+        inputs = self._prepare_inputs(self.data_collator([self.train_dataset[i] for i in range(rows)]))
+        packed = PackedRows(inputs["row_ids"], inputs["input_ids"], inputs["doc_ids"])
+        targets = self._targets(packed, inputs, self.teacher)
+        settings = {**args.loss_settings, **self.loss_weights(self.state.global_step)}
+        wanted = {key: settings[key] for key in ("alpha", "temperature", "divergence", "jsd_beta", "skew")}
+        logits = model(**packed.to(device).model_inputs(args.attention)).logits
+        loss = dense_distillation_loss(logits, inputs["labels"], targets, **wanted)
+        model.train()
+        return loss
+
+    def _took(self, seconds: float) -> None:
+        self.metrics.skip(seconds)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """One epoch; none at all when a run is resumed from its last checkpoint, where the Trainer adds a step."""
@@ -244,37 +329,22 @@ class DistillationTrainer(Trainer):
             return
         super()._run_epoch(*args, **kwargs)
 
-    # -- checkpoints -----------------------------------------------------------------------------------
+    # -- what a checkpoint holds of this class ------------------------------------------------------------
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save, seal, and only then delete older checkpoints: at every instant a whole one exists."""
-        super()._save_checkpoint(model, trial)
-        if self.args.world_size > 1:
-            self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            folder = Path(self.args.output_dir)
-            seal(folder / f"checkpoint-{self.state.global_step}", self.state.global_step)
-            rotate(folder, self._keep_checkpoints, self.state.best_model_checkpoint)
+    def progress_state(self) -> dict[str, Any]:
+        """Sums that have not been logged yet, and the saddle monitor: what a resumed run goes on with."""
+        saddle = self.saddle.state() if self.saddle is not None else None
+        return {**super().progress_state(), "metrics": self.metrics.state(self._sum_over_ranks), "saddle": saddle}
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """The model without `training_args.bin`: that file is a pickle, which nobody should have to trust."""
-        super()._save(output_dir, state_dict)
-        (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load weights through `from_pretrained`.
-
-        The Trainer's own loading passes the checkpoint's keys to `load_state_dict(..., strict=False)`
-        unconverted and so silently drops fused expert weights (transformers #48805).
-        """
-        self._load_weights(resume_from_checkpoint) or super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        """As `_load_from_checkpoint`, for the best checkpoint."""
-        self._load_weights(self.state.best_model_checkpoint) or super()._load_best_model()
+    def restore_progress(self, state: dict[str, Any]) -> None:
+        """The inverse of `progress_state`."""
+        super().restore_progress(state)
+        self.metrics.restore(state["metrics"], main=self.is_world_process_zero())
+        if self.saddle is not None and state["saddle"] is not None:
+            self.saddle.restore(state["saddle"])
 
     def _load_weights(self, checkpoint: str | None) -> bool:
-        """True when the weights were loaded here (plain models; sharded ones are the Trainer's business)."""
+        """Load weights through `from_pretrained`; False for sharded models, which are the Trainer's business."""
         base = self.accelerator.unwrap_model(self.model)
         if checkpoint is None or not isinstance(base, PreTrainedModel) or self.is_fsdp_enabled:
             return False
@@ -282,3 +352,23 @@ class DistillationTrainer(Trainer):
         saved = type(base).from_pretrained(checkpoint, dtype=dtype, use_safetensors=True)
         base.load_state_dict(saved.state_dict(), strict=True)
         return True
+
+
+def _check_teacher(teacher: Teacher, args: DistillationArguments, train_dataset: Any) -> None:
+    """Refuse before anything runs what a teacher could not give later."""
+    for key, value in (("temperature", args.temperature), ("temperature_initial", args.temperature_initial)):
+        if value is not None and value not in teacher.temperatures:
+            raise ConfigError(
+                f"loss.{key} is {value} and the teacher declares {list(teacher.temperatures)}. "
+                "Use a declared temperature, or declare it in teacher.temperatures and make the targets again."
+            )
+    sampled_at = teacher.template().sampling_temperature
+    if sampled_at is not None and args.temperature_initial not in (None, sampled_at):
+        raise ConfigError(
+            f"loss.temperature_initial is {args.temperature_initial} and the targets' tail was sampled at "
+            f"{sampled_at}. Keep the temperature, or use teacher.top_k instead of teacher.sampling."
+        )
+    if isinstance(teacher, TeacherCache) and isinstance(train_dataset, PackedDataset):
+        teacher.check(train_dataset, args.attention)
+    if isinstance(teacher, LocalTeacher) and teacher.attention != args.attention:
+        raise ConfigError(f"the teacher's attention is {teacher.attention} and the student's {args.attention}.")

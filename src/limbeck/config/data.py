@@ -1,0 +1,130 @@
+"""Sections about text, tokenizer, teacher and student model."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from limbeck.config.base import Fraction, Positive, Section, Seed
+
+Dtype = Literal["float32", "bfloat16", "float16", "auto"]
+
+
+class DatasetConfig(Section):
+    """The text, and how it is cut into rows of tokens."""
+
+    name: str = Field(
+        "stdlib",
+        description="`stdlib` (the Python standard library's sources), a .txt/.jsonl/.parquet file, a folder of "
+        "them, a local dataset folder, or a Hugging Face dataset id.",
+    )
+    config_name: str | None = Field(None, description="Configuration of a Hugging Face dataset.")
+    revision: str | None = Field(None, description="Commit or tag of a Hugging Face dataset.")
+    split: str = Field("train", description="Split of a Hugging Face dataset to read.")
+    text_column: str = Field("text", description="Column or JSON key that holds the text.")
+    streaming: bool = Field(True, description="Stream a Hugging Face dataset instead of downloading it whole.")
+    recursive: bool = Field(False, description="Look for files in subfolders too.")
+    max_samples: PositiveInt | None = Field(None, description="Stop after this many documents.")
+    max_length: Annotated[int, Field(ge=2)] = Field(1024, description="Tokens in a packed row.")
+    validation_fraction: Fraction = Field(
+        0.02, description="Share of the documents, chosen by a hash of their name, held out of training."
+    )
+    attention: Literal["per_document", "packed"] = Field(
+        "per_document",
+        description="`per_document`: positions restart and attention stops at document borders; "
+        "`packed`: plain causal attention over the whole row.",
+    )
+    packed_dir: Path | None = Field(None, description="Folder of the packed rows; default OUTPUT_DIR/data.")
+    rows_per_shard: PositiveInt = Field(4096, description="Rows in one Parquet shard.")
+    train_rows: PositiveInt | None = Field(
+        None, description="Cache and train on this many rows, evenly spaced over the training split; default all."
+    )
+    num_proc: PositiveInt | None = Field(None, description="Tokenising processes; default one per core.")
+
+
+class TokenizerConfig(Section):
+    """The tokenizer: somebody's, or one trained on the dataset."""
+
+    name: str | None = Field(None, description="Folder or hub id of a tokenizer; default the teacher's.")
+    revision: str | None = Field(None, description="Commit or tag of a hub tokenizer.")
+    train_vocab_size: Annotated[int, Field(ge=260)] | None = Field(
+        None, description="Train a byte-level BPE of this many entries on the training documents."
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "TokenizerConfig":
+        if self.name is not None and self.train_vocab_size is not None:
+            raise ValueError(
+                f"tokenizer.name ({self.name}) and tokenizer.train_vocab_size ({self.train_vocab_size}) "
+                "exclude each other; remove one"
+            )
+        return self
+
+
+class SamplingConfig(Section):
+    """Head + sampled tail (Random-Sampling KD, arXiv 2503.16870): unbiased sparse targets."""
+
+    head: Annotated[int, Field(ge=0)] = Field(32, description="The most likely ids, kept exactly.")
+    draws: PositiveInt = Field(32, description="Draws, with replacement, from the rest of the vocabulary.")
+    seed: Seed = Field(0, description="Seed of the draws; the same rows always get the same draws.")
+
+
+class TeacherConfig(Section):
+    """The model that is distilled, and what is kept of its predictions."""
+
+    model: str | None = Field(
+        None, description="Folder or hub id of a causal LM; `tiny-python` is the model in the package."
+    )
+    revision: str | None = Field(None, description="Commit or tag of a hub model.")
+    trust_remote_code: bool = Field(False, description="Run the model repository's own Python code.")
+    use_cached_logits: bool = Field(
+        True, description="Read targets from cache_dir (true) or run the teacher beside the student (false)."
+    )
+    cache_dir: Path | None = Field(None, description="Folder of cached targets; default OUTPUT_DIR/cache.")
+    top_k: PositiveInt | None = Field(64, description="Token ids kept per position; null keeps the vocabulary.")
+    temperatures: list[Positive] | None = Field(
+        None, description="Temperatures whose normaliser is stored; default 1 and loss.temperature."
+    )
+    sampling: SamplingConfig | None = Field(None, description="Replace top-k by head + sampled tail.")
+    dtype: Dtype = Field(
+        "auto",
+        description="Precision of the teacher's weights; `auto`: the checkpoint's own, but float32 on a CPU without "
+        "bfloat16 instructions.",
+    )
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:[0-9]+)?)$")] | None = Field(
+        None, description="Device of the teacher (cpu, cuda, cuda:1); default the student's."
+    )
+    batch_size: PositiveInt | None = Field(None, description="Rows in one forward pass; default by max_batch_tokens.")
+    max_batch_tokens: PositiveInt = Field(8192, description="Tokens in one forward pass of the teacher.")
+    rows_per_shard: PositiveInt = Field(256, description="Packed rows in one HDF5 shard of the cache.")
+    compression: Literal["gzip", "none"] = Field("gzip", description="HDF5's own filter on top of the codec.")
+    max_kl: Positive = Field(1e-4, description="Largest mean KL (nats) the codec may cost; above it caching stops.")
+    splits: list[Literal["train", "validation"]] = Field(
+        ["train", "validation"], description="Splits of the packed data to cache.", min_length=1
+    )
+
+    @model_validator(mode="after")
+    def _sampling_replaces_top_k(self) -> "TeacherConfig":
+        if self.sampling is not None and self.top_k is None:
+            raise ValueError(
+                "teacher.sampling draws a sparse support and teacher.top_k: null keeps the whole vocabulary; remove one"
+            )
+        return self
+
+
+class StudentConfig(Section):
+    """The model that is trained: pretrained, or built from a config."""
+
+    model: str | None = Field(None, description="Folder or hub id of pretrained weights to start from.")
+    revision: str | None = Field(None, description="Commit or tag of a hub model.")
+    trust_remote_code: bool = Field(False, description="Run the model repository's own Python code.")
+    config: dict[str, Any] = Field(
+        default_factory=dict,
+        description="A transformers config (with `model_type`) for a new model; over pretrained ones, keys to change.",
+    )
+
+    @model_validator(mode="after")
+    def _has_architecture(self) -> "StudentConfig":
+        if self.model is None and self.config and "model_type" not in self.config:
+            raise ValueError("student.config needs `model_type` (say llama or qwen3) when student.model is not set")
+        return self

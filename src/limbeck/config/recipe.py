@@ -1,0 +1,207 @@
+"""The recipe: every section together, and what one section means for another."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, PositiveInt, PrivateAttr, model_validator
+
+from limbeck.config.base import Section, Seed
+from limbeck.config.data import DatasetConfig, StudentConfig, TeacherConfig, TokenizerConfig
+from limbeck.config.training import (
+    LossConfig,
+    LRMultiplier,
+    OptimizerConfig,
+    SaddleConfig,
+    Stage,
+    StagesConfig,
+    TrainingConfig,
+)
+from limbeck.errors import ConfigError
+
+
+class EvaluationConfig(Section):
+    """What is measured on the held-out rows once training is done."""
+
+    max_rows: PositiveInt | None = Field(None, description="Held-out rows scored; default all.")
+    batch_size: PositiveInt = Field(8, description="Rows in one batch.")
+    model: Path | None = Field(None, description="Folder of the model `limbeck eval` scores; default the student.")
+
+
+class GenerationConfig(Section):
+    """The sample that shows what the student writes."""
+
+    prompt: str = Field("def ", description="Text to continue.")
+    max_new_tokens: PositiveInt = Field(96, description="Tokens to write.")
+    temperature: Annotated[float, Field(ge=0.0)] = Field(0.7, description="0 takes the likeliest token.")
+    top_k: Annotated[int, Field(ge=0)] = Field(40, description="Sample among this many; 0: all.")
+    seed: Seed = Field(0, description="Seed of the sampling.")
+    model: Path | None = Field(None, description="Folder of the model `limbeck generate` runs; default the student.")
+
+
+class PipelineConfig(Section):
+    """What `limbeck run` does beside the stages that the recipe's sections ask for."""
+
+    ce_baseline: bool = Field(False, description="Also train the same student with CE alone, for comparison.")
+    generate: bool = Field(False, description="End with a generated sample.")
+
+
+class Recipe(Section):
+    """One whole run: data, teacher, student, losses, training, evaluation."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = Field("run", description="Name of the run.")
+    output_dir: Path | None = Field(None, description="Folder of the run; default outputs/NAME.")
+    seed: Seed = Field(0, description="Seed of initialisation and data order.")
+    dataset: DatasetConfig = Field(default_factory=DatasetConfig, description="Text and packing.")
+    tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig, description="Tokenizer.")
+    teacher: TeacherConfig = Field(default_factory=TeacherConfig, description="Teacher and its targets.")
+    student: StudentConfig = Field(default_factory=StudentConfig, description="Student model.")
+    loss: LossConfig = Field(default_factory=LossConfig, description="Loss.")
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="Optimizer.")
+    training: TrainingConfig = Field(default_factory=TrainingConfig, description="Training loop.")
+    saddle: SaddleConfig = Field(default_factory=SaddleConfig, description="Saddle interventions.")
+    parameter_lr_multipliers: list[LRMultiplier] = Field(
+        default_factory=list, description="Learning-rate factors by parameter name; the first match wins."
+    )
+    stages: StagesConfig = Field(default_factory=StagesConfig, description="Training in stages.")
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="Held-out scores.")
+    generation: GenerationConfig = Field(default_factory=GenerationConfig, description="Generated sample.")
+    pipeline: PipelineConfig = Field(default_factory=PipelineConfig, description="Extent of `limbeck run`.")
+
+    _suffix: str = PrivateAttr("")  # of the data and cache folders of a stage with a dataset of its own
+
+    @model_validator(mode="after")
+    def _temperatures_are_declared(self) -> "Recipe":
+        if self.stages.enabled or not self.distils:
+            return self
+        loss = self.loss
+        wanted = {"temperature": loss.end("temperature"), "temperature_initial": loss.temperature_initial}
+        for key, value in wanted.items():
+            if value is not None and value not in self.temperatures:
+                raise ValueError(
+                    f"loss.{key} is {value} and teacher.temperatures declares {list(self.temperatures)}; "
+                    "add it there, or use one of these"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _stages_resume_by_themselves(self) -> "Recipe":
+        if self.stages.enabled and self.training.resume_from is not None:
+            raise ValueError(
+                f"training.resume_from is {self.training.resume_from} and stages.enabled is true; stages continue by "
+                "themselves where they were. To start the first one from weights, set student.model"
+            )
+        return self
+
+    @property
+    def root(self) -> Path:
+        """Folder of the run."""
+        return self.output_dir or Path("outputs") / self.name
+
+    @property
+    def packed_dir(self) -> Path:
+        """Folder of the packed rows."""
+        return self.dataset.packed_dir or self.root / f"data{self._suffix}"
+
+    @property
+    def cache_dir(self) -> Path:
+        """Folder of the teacher's cached targets."""
+        return self.teacher.cache_dir or self.root / f"cache{self._suffix}"
+
+    @property
+    def student_dir(self) -> Path:
+        """Folder of the student's checkpoints and final weights."""
+        return self.training.output_dir or self.root / "student"
+
+    @property
+    def data_name(self) -> str:
+        """`""`, or `:NAME` when the data are those of stage NAME."""
+        return self._suffix.replace("-", ":", 1)
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak learning rate of hidden matrices."""
+        return self.training.learning_rate or self.optimizer.default_learning_rate
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """The declared temperatures, ascending, always with 1: the teacher's, or all that the stages want."""
+        declared = self.teacher.temperatures
+        if declared is None:
+            losses = [self.loss, *(self._stage_loss(stage) for stage in self.stages.configs if self.stages.enabled)]
+            declared = [value for loss in losses for value in loss.wanted_temperatures]
+        return tuple(sorted({1.0, *declared}))
+
+    @property
+    def distils(self) -> bool:
+        """True when a teacher takes part in the training."""
+        if self.stages.enabled:
+            return any(stage.training.get("mode", self.training.mode) == "distill" for stage in self.stages.configs)
+        return self.training.mode == "distill"
+
+    def _stage_loss(self, stage: Stage) -> LossConfig:
+        return LossConfig.model_validate({**self.loss.model_dump(exclude_unset=True), **stage.loss})
+
+    def stage_recipes(self) -> Iterator[tuple[Stage, "Recipe"]]:
+        """Each stage with the whole recipe that it means.
+
+        Raises:
+            pydantic.ValidationError: a stage's keys are wrong.
+        """
+        folders = {self.dataset.model_dump_json(): ""}
+        for stage in self.stages.configs:
+            recipe = self.stage_recipe(stage)
+            recipe._suffix = folders.setdefault(recipe.dataset.model_dump_json(), f"-{stage.stage_name}")
+            if recipe._suffix:
+                recipe.teacher.cache_dir = None  # the named folder is for the recipe's own rows
+            yield stage, recipe
+
+    def stage_recipe(self, stage: Stage) -> "Recipe":
+        """The whole recipe of a stage, but for the folders of its own data.
+
+        Raises:
+            pydantic.ValidationError: the stage's keys are wrong.
+            ConfigError: it wants another temperature than the one at which targets are sampled.
+        """
+        own = Recipe.model_validate(self._stage_tree(stage))
+        wanted, sampled = own.loss.end("temperature"), self.loss.end("temperature")
+        if self.teacher.sampling is not None and own.distils and wanted != sampled:
+            raise ConfigError(
+                f"stage {stage.stage_name} has loss.temperature {wanted} and teacher.sampling draws at {sampled}. "
+                "Give every stage the same temperature, or use teacher.top_k."
+            )
+        return own
+
+    def _stage_tree(self, stage: Stage) -> dict[str, Any]:
+        tree = self.model_dump(exclude_unset=True)
+        for section in ("training", "optimizer", "loss", "dataset"):
+            tree[section] = _merged(tree.get(section, {}), getattr(stage, section))
+        if stage.dataset and "packed_dir" not in stage.dataset:
+            tree["dataset"]["packed_dir"] = None
+        length = {"max_steps": stage.max_steps} if stage.max_steps else {"num_train_epochs": stage.num_epochs}
+        tree["training"] = {**tree["training"], "max_steps": -1, **length}
+        tree["training"]["output_dir"] = self.student_dir / stage.stage_name
+        tree["teacher"] = {**tree.get("teacher", {}), "temperatures": list(self.temperatures)}
+        tree["output_dir"] = self.root
+        tree.pop("stages", None)
+        if stage.parameter_lr_multipliers is not None:
+            tree["parameter_lr_multipliers"] = [rule.model_dump() for rule in stage.parameter_lr_multipliers]
+        return tree
+
+    def without_teacher(self) -> "Recipe":
+        """The same recipe trained with cross-entropy alone, in every stage."""
+        stages = [
+            stage.model_copy(update={"training": {**stage.training, "mode": "ce"}}) for stage in self.stages.configs
+        ]
+        changes = {
+            "training": self.training.model_copy(update={"mode": "ce"}),
+            "stages": self.stages.model_copy(update={"configs": stages}),
+        }
+        return self.model_copy(update=changes)
+
+
+def _merged(base: Any, over: Any) -> Any:
+    """Nested dicts laid over one another."""
+    if isinstance(base, dict) and isinstance(over, dict):
+        return {key: _merged(base.get(key), over[key]) if key in over else base[key] for key in {**base, **over}}
+    return over

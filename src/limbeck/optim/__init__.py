@@ -1,0 +1,1 @@
+"""Optimizers of a run: an algorithm per group of parameters, learning-rate schedules, ramps of the loss."""

@@ -1,0 +1,259 @@
+"""Which algorithm and which learning rate each parameter gets: every parameter in exactly one group.
+
+The one idea: what a tensor is (a hidden matrix, or anything else) chooses the algorithm, ordered regular
+expressions may overrule it, and a second list of them scales the learning rate; the first match wins, a
+factor of 0 freezes. A pattern that matches nothing is an error, because it is a typo.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from limbeck.config import OptimizerConfig
+from limbeck.errors import ConfigError
+from limbeck.optim.muon import MatrixLayout
+
+_ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
+_HEADS = re.compile(r"(^|\.)([qkv]_proj|qkv_proj|query_key_value|c_attn|in_proj_qkvz?)\.weight$")
+_GATE_UP = re.compile(r"(^|\.)gate_up_proj(\.weight)?$")
+
+
+@dataclass(frozen=True)
+class _Rule:
+    regex: re.Pattern[str]
+    value: Any
+    pattern: str
+
+
+def build_groups(
+    model: nn.Module,
+    optimizer: OptimizerConfig,
+    learning_rate: float,
+    weight_decay: float,
+    multipliers: Sequence[tuple[str, float]] = (),
+    adam_betas: tuple[float, float] = (0.9, 0.95),
+) -> list[dict[str, Any]]:
+    """Groups for `HybridOptimizer`; freezes what a factor of 0 names.
+
+    Args:
+        model: whose parameters are grouped.
+        optimizer: algorithms and their settings.
+        learning_rate: rate of the algorithm that hidden matrices get.
+        weight_decay: decoupled decay of matrices; vectors, norms and biases have none.
+        multipliers: (regex, factor) pairs.
+        adam_betas: AdamW's decay rates.
+
+    Raises:
+        ConfigError: a pattern is no regular expression, matches nothing, or gives one shared tensor two meanings by
+            two of its names; Muon is asked for a vector; or nothing is left to train.
+    """
+    scales = _Rules("parameter_lr_multipliers", multipliers)
+    choices = _Rules("optimizer.algorithms", [(rule.pattern, rule.algorithm) for rule in optimizer.algorithms])
+    layouts = hidden_matrices(model, split_heads=optimizer.muon.split_heads)
+    groups: dict[tuple[str, str, bool], dict[str, Any]] = {}
+    for parameter, aliases in _all_names(model):
+        scale, choice = scales.claim(aliases), choices.claim(aliases)
+        factor, label = (scale.value, scale.pattern) if scale else (1.0, "all others" if multipliers else "all")
+        if factor == 0.0:
+            parameter.requires_grad_(False)
+        if not parameter.requires_grad:
+            continue
+        layout = next((layouts[alias] for alias in aliases if alias in layouts), None)
+        algorithm = choice.value if choice else optimizer.for_matrices if layout else optimizer.for_others
+        if algorithm == "muon" and parameter.ndim < 2:
+            raise ConfigError(
+                f"optimizer.algorithms gives {aliases[0]} to muon, which works on matrices, and its shape is "
+                f"{tuple(parameter.shape)}. Give it to lion or adamw."
+            )
+        decays = parameter.ndim >= 2 and not aliases[0].endswith("bias")
+        key = (label, algorithm, decays)
+        if key not in groups:
+            settings = _settings(optimizer, algorithm, learning_rate, weight_decay, adam_betas)
+            name = " · ".join([label, algorithm, *([] if decays else ["no decay"])])
+            groups[key] = {"params": [], "algorithm": algorithm, "name": name, **settings}
+            groups[key]["lr"] *= factor
+            groups[key]["weight_decay"] *= decays
+        groups[key]["params"].append(parameter)
+        if algorithm == "muon":
+            chosen = layout or MatrixLayout()
+            groups[key].setdefault("layouts", []).append((chosen.rows, chosen.transposed))
+    scales.all_matched(model)
+    choices.all_matched(model)
+    if not groups:
+        raise ConfigError("parameter_lr_multipliers freezes every parameter; leave one to train.")
+    return list(groups.values())
+
+
+def _settings(
+    optimizer: OptimizerConfig,
+    algorithm: str,
+    learning_rate: float,
+    weight_decay: float,
+    adam_betas: tuple[float, float],
+) -> dict[str, Any]:
+    """The keys of a group that belong to its algorithm."""
+    section: Any = getattr(optimizer, algorithm)
+    rate = section.learning_rate or (learning_rate if algorithm == optimizer.for_matrices else None)
+    own: dict[str, Any] = {
+        "lr": rate or {"muon": 0.02, "lion": 1e-4, "adamw": 3e-4}[algorithm],
+        "weight_decay": weight_decay if section.weight_decay is None else section.weight_decay,
+    }
+    if algorithm == "muon":
+        muon = optimizer.muon
+        own.update(momentum=muon.momentum, nesterov=muon.nesterov, ns_steps=muon.ns_steps, adjust_lr=muon.adjust_lr)
+    else:
+        own["betas"] = (optimizer.lion.beta1, optimizer.lion.beta2) if algorithm == "lion" else adam_betas
+    return own
+
+
+class _Rules:
+    """An ordered list of (regex, value); remembers which of them ever matched."""
+
+    def __init__(self, where: str, pairs: Iterable[tuple[str, Any]]) -> None:
+        self._where = where
+        self._rules: list[_Rule] = []
+        self._matched: set[str] = set()
+        for pattern, value in pairs:
+            try:
+                self._rules.append(_Rule(re.compile(pattern), value, pattern))
+            except re.error as error:
+                raise ConfigError(f"{where}: {pattern!r} is not a regular expression ({error}).") from None
+
+    def claim(self, aliases: Sequence[str]) -> _Rule | None:
+        """The first rule that matches; a tensor with two names (a tied head) may be claimed by one rule only."""
+        claims: dict[str, tuple[str, _Rule]] = {}
+        for alias in aliases:
+            matches = [rule for rule in self._rules if rule.regex.search(alias)]
+            self._matched.update(rule.pattern for rule in matches)
+            if matches:
+                claims.setdefault(matches[0].pattern, (alias, matches[0]))
+        if len({rule.value for _, rule in claims.values()}) > 1:
+            (first, rule), (second, other) = list(claims.values())[:2]
+            raise ConfigError(
+                f"{self._where}: {first} and {second} are one shared tensor; {rule.pattern!r} gives it {rule.value} "
+                f"and {other.pattern!r} gives it {other.value}. Name it in one rule."
+            )
+        return next((rule for _, rule in claims.values()), None)
+
+    def all_matched(self, model: nn.Module) -> None:
+        """Refuse a pattern that matched nothing."""
+        for rule in self._rules:
+            if rule.pattern not in self._matched:
+                some = ", ".join(name for name, _ in list(model.named_parameters())[:3])
+                raise ConfigError(
+                    f"{self._where}: {rule.pattern!r} matches no parameter of {type(model).__name__} "
+                    f"(names look like {some}). Mend or remove the rule."
+                )
+
+
+def _all_names(model: nn.Module) -> list[tuple[nn.Parameter, list[str]]]:
+    """Every parameter once, with all its names: tied weights have several."""
+    found: dict[int, tuple[nn.Parameter, list[str]]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found.setdefault(id(parameter), (parameter, []))[1].append(name)
+    return list(found.values())
+
+
+def check_groups(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Every trainable parameter of `model` is in exactly one group.
+
+    Raises:
+        ConfigError: names a parameter that two groups claim, or none.
+    """
+    claims: dict[int, list[str]] = {}
+    for group in groups:
+        for parameter in group["params"]:
+            claims.setdefault(id(parameter), []).append(str(group.get("name", group.get("algorithm"))))
+    for parameter, aliases in _all_names(model):
+        owners = claims.get(id(parameter), [])
+        if len(owners) > 1:
+            raise ConfigError(f"optimizer: {aliases[0]} is claimed by {' and '.join(owners)}; leave it in one group.")
+        if not owners and parameter.requires_grad:
+            raise ConfigError(f"optimizer: no group claims {aliases[0]}; add it to one or freeze it.")
+
+
+def hidden_matrices(model: nn.Module, *, split_heads: bool = True) -> dict[str, MatrixLayout]:
+    """The parameters that are matrices between hidden states, by name, and how they hold them.
+
+    These are the weights of linear layers and the fused 3-D experts; not embeddings, output head, routers,
+    gates of one column, convolutions, norms and biases.
+    """
+    config = getattr(model, "config", None)
+    hidden_size = getattr(config, "hidden_size", None)
+    outside = {id(parameter) for parameter in _embeddings(model)}
+    found = {}
+    for prefix, module in model.named_modules():
+        owner = prefix.rpartition(".")[0]
+        for leaf, parameter in module.named_parameters(recurse=False):
+            name = f"{prefix}.{leaf}" if prefix else leaf
+            linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+            experts = parameter.ndim == 3 and "expert" in name
+            if (
+                not ((linear and parameter.ndim == 2) or experts)
+                or id(parameter) in outside
+                or _ROUTER.search(name)
+                or name.endswith("bias")
+                or min(parameter.shape[-2:]) < 2
+            ):
+                continue
+            transposed = _is_transposed(module, leaf, parameter, hidden_size)
+            out = parameter.shape[-1 if transposed else -2]
+            rows = 0
+            if _GATE_UP.search(name) and getattr(module, "is_concatenated", True) and out % 2 == 0:
+                rows = out // 2
+            elif split_heads and _HEADS.search(name):
+                rows = _head_rows(model.get_submodule(owner) if owner else model, config, out)
+            found[name] = MatrixLayout(rows, transposed)
+    return found
+
+
+def _embeddings(model: Any) -> list[nn.Parameter]:
+    held = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return [*held, *([head.weight] if head is not None else [])]
+
+
+def _is_transposed(module: nn.Module, leaf: str, parameter: nn.Parameter, hidden_size: int | None) -> bool:
+    """True for `[in, out]` weights: GPT-2's Conv1D, and experts whose gate/up reads hidden states from rows."""
+    if parameter.ndim == 2:
+        return type(module).__name__ == "Conv1D"
+    if hasattr(module, "is_transposed"):
+        return bool(module.is_transposed)
+    if hidden_size is None or parameter.shape[-1] == parameter.shape[-2]:
+        return False
+    return bool(parameter.shape[-1 if "down" in leaf else -2] == hidden_size)
+
+
+def _head_rows(attention: nn.Module, config: Any, out: int) -> int:
+    """Rows of one head when `out` rows are whole heads of one width; 0 when they are not."""
+    key, value = getattr(attention, "head_k_dim", None), getattr(attention, "head_v_dim", None)
+    width = key if key is not None and key == value else getattr(attention, "head_dim", None)
+    if width is None and config is not None:
+        heads = getattr(config, "num_attention_heads", None)
+        width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
+    return int(width) if width and out > width and out % width == 0 else 0
+
+
+def describe_groups(groups: Sequence[Mapping[str, Any]], model: nn.Module) -> str:
+    """The groups as lines: name, tensors, parameters, learning rate, weight decay; and what is frozen."""
+    rows = [
+        (
+            str(g["name"]),
+            len(g["params"]),
+            sum(p.numel() for p in g["params"]),
+            f"{g.get('initial_lr', g['lr']):.3g}",
+            f"{g['weight_decay']:.3g}",
+        )
+        for g in groups
+    ]
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    if frozen:
+        rows.append(("frozen", len(frozen), sum(p.numel() for p in frozen), "0", "0"))
+    width = max(len(row[0]) for row in rows)
+    return "\n".join(
+        f"  {name:<{width}}  {tensors:>4} tensors {count:>13,} parameters  lr {lr}  weight decay {decay}"
+        for name, tensors, count, lr, decay in rows
+    )

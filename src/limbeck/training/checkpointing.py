@@ -1,0 +1,266 @@
+"""A transformers.Trainer whose checkpoints are whole, fit on the disk, and resume to the bit.
+
+The one idea: a save is pieces written beside its place, agreed on by all ranks, and one rename; when it
+fails the run goes on with the checkpoint before it. Weights are loaded through `from_pretrained`, because
+the Trainer's own loading drops fused expert weights without a word (transformers #48805).
+"""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from transformers import Trainer, TrainerCallback
+
+from limbeck.console import say, warn
+from limbeck.errors import ConfigError, LimbeckError
+from limbeck.storage import fsync_tree, read_json, write_json
+from limbeck.training.checkpoints import (
+    BEST,
+    commit,
+    first_failure,
+    last_size,
+    newest,
+    partial_folder,
+    publish_model,
+    room_for,
+    rotate,
+)
+
+_PROGRESS = "progress.json"
+
+
+class CheckpointingTrainer(Trainer):
+    """Saves `step_N/`, keeps `best/` and `latest`, and resumes from them."""
+
+    control: Any
+    optimizer: Any
+    lr_scheduler: Any
+    tokenizer_to_save: Any = None
+
+    def __init__(self, *, args: Any, **kwargs: Any) -> None:
+        # transformers knows no step_N; these checkpoints are rotated here.
+        self._keep_checkpoints, args.save_total_limit = args.save_total_limit, None
+        self._warned: set[str] = set()
+        self._rates: dict[str, float] = {}
+        self.last_grad_norm = 0.0
+        #: Names the settings a checkpoint is made under; one made under others gives its moments, not its rates.
+        self.settings_id: str | None = None
+        self._settings_changed = False
+        self._saved_progress: dict[str, Any] = {}
+        super().__init__(args=args, **kwargs)
+        self.add_callback(_RestoreProgress(self))
+
+    def warn_once(self, key: str, message: str) -> None:
+        """Tell the user something that would repeat itself."""
+        if key not in self._warned:
+            self._warned.add(key)
+            warn(message)
+
+    # -- saving ----------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save, seal, rename, and only then delete older checkpoints: at every instant a whole one exists."""
+        started = time.perf_counter()
+        folder, step = Path(self.args.output_dir), self.state.global_step
+        if self._refused(folder):
+            return
+        self.store_flos()
+        if self.state.best_global_step is not None:  # where it will be once it is in place
+            self.state.best_model_checkpoint = str(folder / f"step_{self.state.best_global_step}")
+        problems = [found for found in self._gathered(self._write(folder, step)) if found]
+        if problems:
+            if self.args.should_save:
+                shutil.rmtree(partial_folder(folder, step), ignore_errors=True)
+                kept = newest(folder)
+                warn(
+                    f"checkpoint step_{step} could not be written ({problems[0]}). "
+                    + (f"{kept} is whole and stays the one to resume from; " if kept else "There is none yet; ")
+                    + "training goes on and tries again at the next save. Make room meanwhile."
+                )
+        elif self.args.should_save:
+            final, size = commit(folder, step)
+            if self.state.best_global_step == step:
+                self._publish_best(final)
+            rotate(folder, self._keep_checkpoints, self.state.best_global_step)
+            say(f"saved {final} ({_megabytes(size)} in {time.perf_counter() - started:.1f} s)")
+        if self.args.world_size > 1:
+            self.accelerator.wait_for_everyone()
+        self._took(time.perf_counter() - started)
+
+    def _took(self, seconds: float) -> None:
+        """A save's time is no training time; for the throughput."""
+
+    def _refused(self, folder: Path) -> bool:
+        """True when a checkpoint of the last one's size does not fit; rank 0 looks, and all do as it says."""
+        refusal = None
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            warning, refusal = room_for(folder, last_size(folder) or self._estimated_size())
+            if warning is not None:
+                warn(warning)
+            if refusal is not None:
+                warn(f"{refusal}. step_{self.state.global_step} is not saved; the checkpoints there stay as they are")
+        if self.args.world_size > 1:
+            (refusal,) = broadcast_object_list([refusal])
+        return refusal is not None
+
+    def _estimated_size(self) -> int:
+        """Bytes of weights and optimizer state, for the first checkpoint."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        state = getattr(self.optimizer, "state", None) or {}
+        tensors += [value for entry in state.values() for value in entry.values() if isinstance(value, torch.Tensor)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def _write(self, folder: Path, step: int) -> str | None:
+        """This rank's pieces of the checkpoint; what went wrong with its files, if anything."""
+        partial = partial_folder(folder, step)
+        if self.args.should_save and partial.exists():
+            shutil.rmtree(partial)
+        if self.args.world_size > 1:
+            self.accelerator.wait_for_everyone()
+        progress = self.progress_state()
+        pieces = [
+            lambda: self.save_model(str(partial), _internal_call=True),
+            lambda: self._save_optimizer_and_scheduler(str(partial)),
+            lambda: self._save_scaler(str(partial)),
+            lambda: self._save_rng_state(str(partial)),
+        ]
+        if self.args.should_save:
+            pieces += [
+                lambda: self.state.save_to_json(str(partial / "trainer_state.json")),
+                lambda: write_json(partial / _PROGRESS, progress),
+                lambda: fsync_tree(partial),
+            ]
+        return first_failure(pieces)
+
+    def _gathered(self, problem: str | None) -> list[str | None]:
+        return gather_object([problem]) if self.args.world_size > 1 else [problem]
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Weights, config and tokenizer; without `training_args.bin`, a pickle that nobody should have to trust."""
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        (folder / "training_args.bin").unlink(missing_ok=True)
+        if self.args.should_save and self.tokenizer_to_save is not None:
+            self.tokenizer_to_save.save_pretrained(folder)
+
+    def _publish_best(self, checkpoint: Path) -> None:
+        try:
+            publish_model(checkpoint, Path(self.args.output_dir) / BEST)
+        except OSError as error:
+            warn(f"best/ could not be written ({error}); {checkpoint} holds the same weights")
+
+    def save_final(self, folder: Path) -> None:
+        """Write the trained model into `folder`; all ranks call it, as a sharded model is gathered here.
+
+        Raises:
+            LimbeckError: it could not be written; nothing half-written is left.
+        """
+        if self.args.should_save and folder.exists():
+            shutil.rmtree(folder)
+        problem = next((p for p in self._gathered(first_failure([lambda: self.save_model(str(folder))])) if p), None)
+        if problem is not None:
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise LimbeckError(
+                f"the trained weights could not be written to {folder.parent} ({problem}). Make room and run the same "
+                "command again: it continues from the newest checkpoint."
+            )
+
+    # -- resuming --------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train; `True` resumes from the newest whole checkpoint of `output_dir`."""
+        if resume_from_checkpoint is True:
+            found = newest(Path(self.args.output_dir))
+            resume_from_checkpoint = str(found) if found else None
+        progress = Path(resume_from_checkpoint) / _PROGRESS if resume_from_checkpoint else None
+        self._saved_progress = read_json(progress) if progress is not None and progress.is_file() else {}
+        self._settings_changed = bool(self._saved_progress) and self._saved_progress["settings"] != self.settings_id
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """The saved state; a best step whose checkpoint is not in this folder is another run's."""
+        result: tuple[int, int] = super()._init_training_state(*args, **kwargs)
+        best = self.state.best_global_step
+        if best is not None and not (Path(self.args.output_dir) / f"step_{best}").is_dir():
+            self.state.best_global_step = self.state.best_metric = self.state.best_model_checkpoint = None
+        return result
+
+    def progress_state(self) -> dict[str, Any]:
+        """What the Trainer forgets between two log lines."""
+        total = self.accelerator.reduce(self._tr_loss.clone(), reduction="mean")
+        return {"loss": float(total), "last_logged": self._globalstep_last_logged, "settings": self.settings_id}
+
+    def restore_progress(self, state: dict[str, Any]) -> None:
+        """Go on with the running loss of the checkpoint."""
+        self._tr_loss.fill_(state["loss"])
+        self._globalstep_last_logged = state["last_logged"]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The saved moments; where settings were changed on purpose, rates and decays are this run's.
+
+        Raises:
+            ConfigError: the checkpoint's optimizer has other groups.
+        """
+        optimizer = self.optimizer
+        own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:
+            raise ConfigError(
+                f"{checkpoint} was saved with other optimizer groups than this run's {[g.get('name') for g in own]} "
+                f"({error}). Resume with its optimizer and parameter_lr_multipliers, or start from its weights alone "
+                f"with student.model: {checkpoint}."
+            ) from None
+        saved = [group.get("name") for group in optimizer.param_groups]
+        if saved != [group.get("name") for group in own]:
+            raise ConfigError(
+                f"{checkpoint} was saved with the optimizer groups {saved} and this run has "
+                f"{[group.get('name') for group in own]}. Resume with the same optimizer and parameter_lr_multipliers, "
+                f"or start from its weights alone with student.model: {checkpoint}."
+            )
+        if self._settings_changed:
+            for group, fresh in zip(optimizer.param_groups, own, strict=True):
+                group.update(fresh)
+            self._retime_schedule([group.get("initial_lr", group["lr"]) for group in own])
+
+    def _retime_schedule(self, peaks: list[float]) -> None:
+        """The schedule of this run's own rates, at the step of the checkpoint."""
+        schedule = self.lr_scheduler
+        schedule.base_lrs = peaks
+        rates = [peak * shape(schedule.last_epoch) for peak, shape in zip(peaks, schedule.lr_lambdas, strict=True)]
+        for group, rate, peak in zip(self.optimizer.param_groups, rates, peaks, strict=True):
+            group["lr"], group["initial_lr"] = rate, peak
+        schedule._last_lr = rates
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load weights through `from_pretrained`, or a sharded model the Trainer's way."""
+        self._load_weights(resume_from_checkpoint) or super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        """As `_load_from_checkpoint`, for the best checkpoint."""
+        self._load_weights(self.state.best_model_checkpoint) or super()._load_best_model()
+
+    def _load_weights(self, checkpoint: str | None) -> bool:
+        """True when the weights were loaded here."""
+        return False
+
+
+class _RestoreProgress(TrainerCallback):
+    """Hands the checkpoint's running sums back once the Trainer has reset its own."""
+
+    def __init__(self, trainer: CheckpointingTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Restore, unless this is a fresh start or a change of settings."""
+        if self._trainer._saved_progress and not self._trainer._settings_changed:
+            self._trainer.restore_progress(self._trainer._saved_progress)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size < 1e9 else f"{size / 1e9:.2f} GB"
