@@ -7,6 +7,8 @@ Exit codes: 0 done, 1 failed, 2 bad usage or configuration.
 
 import contextlib
 import json
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -98,6 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"limbeck {__version__}\n")
         return 0
     as_json = "--json" in words
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         name, rest = _find_command(words)
         return _execute(name, [word for word in rest if word != "--json"], as_json)
@@ -109,6 +112,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; run the same command again to continue\n")
         return 130
+
+
+def _terminated(number: int, frame: object) -> None:
+    """A polite end (a job scheduler's, torchrun's): say how to go on."""
+    sys.stderr.write("terminated; run the same command again to continue\n")
+    sys.stderr.flush()
+    os._exit(128 + number)
 
 
 def _find_command(words: list[str]) -> tuple[str, list[str]]:
@@ -179,7 +189,6 @@ def _split(name: str, sub: _Subcommand, words: list[str]) -> tuple[Path | None, 
 
 def _quieten_libraries() -> None:
     """Only limbeck's own messages and real warnings reach the user."""
-    import os
     import warnings
 
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

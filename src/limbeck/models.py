@@ -137,7 +137,9 @@ def _refuse_unknown_keys(config: dict[str, Any]) -> None:
 
     from transformers import AutoConfig
 
-    known = {"model_type", "rope_theta", "rope_scaling", *AutoConfig.for_model(config["model_type"]).to_dict()}
+    default = AutoConfig.for_model(config["model_type"])
+    # Other spellings (attribute_map) are keys too, and many models read a head_dim that their config does not list.
+    known = {"model_type", "rope_theta", "rope_scaling", "head_dim", *default.attribute_map, *default.to_dict()}
     for key in config:
         if key not in known:
             near = get_close_matches(key, known, n=1)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, PositiveInt, PrivateAttr, model_validator
+from pydantic import Field, PositiveInt, PrivateAttr, ValidationError, model_validator
 
 from limbeck.config.base import Section, Seed
 from limbeck.config.data import DatasetConfig, StudentConfig, TeacherConfig, TokenizerConfig
@@ -128,7 +128,8 @@ class Recipe(Section):
         """The declared temperatures, ascending, always with 1: the teacher's, or all that the stages want."""
         declared = self.teacher.temperatures
         if declared is None:
-            losses = [self.loss, *(self._stage_loss(stage) for stage in self.stages.configs if self.stages.enabled)]
+            stages = self.stages.configs if self.stages.enabled else []
+            losses = [self.loss, *(loss for stage in stages if (loss := self._stage_loss(stage)) is not None)]
             declared = [value for loss in losses for value in loss.wanted_temperatures]
         return tuple(sorted({1.0, *declared}))
 
@@ -139,8 +140,12 @@ class Recipe(Section):
             return any(stage.training.get("mode", self.training.mode) == "distill" for stage in self.stages.configs)
         return self.training.mode == "distill"
 
-    def _stage_loss(self, stage: Stage) -> LossConfig:
-        return LossConfig.model_validate({**self.loss.model_dump(exclude_unset=True), **stage.loss})
+    def _stage_loss(self, stage: Stage) -> LossConfig | None:
+        """The loss of a stage; None when its keys are wrong, which `stage_recipe` reports by name."""
+        try:
+            return LossConfig.model_validate({**self.loss.model_dump(exclude_unset=True), **stage.loss})
+        except ValidationError:
+            return None
 
     def stage_recipes(self) -> Iterator[tuple[Stage, "Recipe"]]:
         """Each stage with the whole recipe that it means.

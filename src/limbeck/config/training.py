@@ -150,7 +150,7 @@ class SaddleConfig(Section):
     enabled: bool = Field(False, description="Watch for stalls and act on them.")
     patience_steps: Annotated[int, Field(ge=2)] = Field(50, description="Steps in the window that is looked at.")
     gradient_norm: Positive | Literal["auto"] = Field(
-        "auto", description="A stall has a gradient norm below this; `auto`: a tenth of the run's median, at most 0.65."
+        0.65, description="A stall has a gradient norm below this; `auto`: a tenth of the run's median."
     )
     min_improvement: NotNegative = Field(1e-3, description="A stall improves the loss by a smaller share than this.")
     min_loss: NotNegative = Field(0.0, description="Below this loss nothing is a stall.")

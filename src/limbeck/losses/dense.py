@@ -10,10 +10,9 @@ import math
 
 import torch
 
+from limbeck.data.dataset import IGNORE
 from limbeck.losses.divergences import get_divergence
 from limbeck.targets.sparse import SparseTargets
-
-IGNORE = -100
 
 
 def dense_distillation_loss(

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
+from limbeck.data.dataset import IGNORE
 from limbeck.losses.blocks import BlockLoss, BlockSettings, Sums
 from limbeck.losses.divergences import get_divergence
 from limbeck.targets.sparse import SparseTargets
 
-IGNORE = -100
 _CHUNK_BYTES = {"cpu": 160 << 20, "cuda": 1 << 30}
 _BLOCK_BYTES = {"cpu": 6 << 20, "cuda": 1 << 30}
 

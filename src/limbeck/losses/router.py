@@ -36,7 +36,7 @@ def router_losses(
 
     Args:
         logits: per layer `[N, E]`, before the softmax.
-        tokens: `[N]` True for tokens that count (padding does not); None: all do.
+        tokens: `[N]` True for tokens that count; None: all do.
         top_k: experts a token goes to.
         kind: what `aux` is: z or entropy.
 
@@ -55,9 +55,10 @@ def router_losses(
         share = torch.zeros(z.shape[-1], device=z.device).index_add_(
             0, chosen, torch.full((len(chosen),), 1.0 / max(len(chosen), 1), device=z.device)
         )
-        balance.append(z.shape[-1] * (share * log_p.exp().mean(dim=0)).sum())
+        count = max(len(z), 1)
+        balance.append(z.shape[-1] * (share * log_p.exp().sum(dim=0) / count).sum())
         per_token = z.logsumexp(dim=-1).square() if kind == "z" else -(log_p.exp() * log_p).sum(dim=-1)
-        aux.append(per_token.mean())
+        aux.append(per_token.sum() / count)
         load.append(share)
     return RouterLosses(torch.stack(balance).mean(), torch.stack(aux).mean(), torch.stack(load).mean(dim=0))
 

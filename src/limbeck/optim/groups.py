@@ -34,7 +34,7 @@ def build_groups(
     learning_rate: float,
     weight_decay: float,
     multipliers: Sequence[tuple[str, float]] = (),
-    adam_betas: tuple[float, float] = (0.9, 0.95),
+    adam: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Groups for `HybridOptimizer`; freezes what a factor of 0 names.
 
@@ -44,7 +44,7 @@ def build_groups(
         learning_rate: rate of the algorithm that hidden matrices get.
         weight_decay: decoupled decay of matrices; vectors, norms and biases have none.
         multipliers: (regex, factor) pairs.
-        adam_betas: AdamW's decay rates.
+        adam: AdamW's `betas` and `eps`.
 
     Raises:
         ConfigError: a pattern is no regular expression, matches nothing, or gives one shared tensor two meanings by
@@ -71,10 +71,11 @@ def build_groups(
         decays = parameter.ndim >= 2 and not aliases[0].endswith("bias")
         key = (label, algorithm, decays)
         if key not in groups:
-            settings = _settings(optimizer, algorithm, learning_rate, weight_decay, adam_betas)
+            settings = _settings(optimizer, algorithm, learning_rate, weight_decay, adam or {})
             name = " · ".join([label, algorithm, *([] if decays else ["no decay"])])
             groups[key] = {"params": [], "algorithm": algorithm, "name": name, **settings}
             groups[key]["lr"] *= factor
+            groups[key]["lr_multiplier"] = factor
             groups[key]["weight_decay"] *= decays
         groups[key]["params"].append(parameter)
         if algorithm == "muon":
@@ -84,7 +85,8 @@ def build_groups(
     choices.all_matched(model)
     if not groups:
         raise ConfigError("parameter_lr_multipliers freezes every parameter; leave one to train.")
-    return list(groups.values())
+    # The first group's rate is the one that a log line calls `lr`: that of hidden matrices, without a factor.
+    return sorted(groups.values(), key=lambda g: (g["algorithm"] != optimizer.for_matrices, g["lr_multiplier"] != 1.0))
 
 
 def _settings(
@@ -92,7 +94,7 @@ def _settings(
     algorithm: str,
     learning_rate: float,
     weight_decay: float,
-    adam_betas: tuple[float, float],
+    adam: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The keys of a group that belong to its algorithm."""
     section: Any = getattr(optimizer, algorithm)
@@ -104,8 +106,10 @@ def _settings(
     if algorithm == "muon":
         muon = optimizer.muon
         own.update(momentum=muon.momentum, nesterov=muon.nesterov, ns_steps=muon.ns_steps, adjust_lr=muon.adjust_lr)
+    elif algorithm == "lion":
+        own["betas"] = (optimizer.lion.beta1, optimizer.lion.beta2)
     else:
-        own["betas"] = (optimizer.lion.beta1, optimizer.lion.beta2) if algorithm == "lion" else adam_betas
+        own.update(adam)
     return own
 
 

@@ -13,6 +13,8 @@ import torch
 
 from limbeck.errors import LimbeckError
 
+_LARGE = 1e4  # weights of a trained model are of the order of 1
+
 
 class DivergedError(LimbeckError):
     """Loss or gradient is NaN or infinite."""
@@ -74,10 +76,13 @@ class StepGuard:
             found.append(
                 "the teacher's targets of these rows are not finite (a damaged cache, or a teacher in float16)"
             )
-        if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
+        largest = max(float(p.detach().abs().max()) for p in model.parameters())
+        if not math.isfinite(largest):
             found.append(
                 f"the weights were already not finite after step {step - 1}: the update was too large ({rate})"
             )
+        elif largest > _LARGE:
+            found.append(f"the largest weight is {largest:.3g}: the updates were too large ({rate})")
         elif self._norms and max(self._norms) > 10 * min(self._norms):
             found.append(
                 f"the gradient norm went from {min(self._norms):.3g} to {max(self._norms):.3g} in the last "

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers.modeling_outputs import CausalLMOutput
 
+from limbeck.data.dataset import IGNORE
 from limbeck.losses.fused import FusedLossOutput, fused_distillation_loss
 from limbeck.losses.router import RouterLosses, router_losses, routing_top_k
 from limbeck.models import LogitTransform, head_replaced, verified_transform
@@ -27,7 +28,6 @@ class LossRequest:
         labels: `[B, T]` the next token of each position.
         targets: the teacher's, or None.
         settings: keywords of `fused_distillation_loss`.
-        tokens: `[B, T]` True where there is text, for the router's means; None: everywhere.
         router: weights (load balance, auxiliary) and the auxiliary's kind.
         num_items: divisor of the sums.
     """
@@ -35,7 +35,6 @@ class LossRequest:
     labels: torch.Tensor
     targets: SparseTargets | None
     settings: dict[str, Any]
-    tokens: torch.Tensor | None = None
     router: tuple[float, float, str] = (0.0, 0.0, "z")
     num_items: torch.Tensor | float | None = None
 
@@ -81,7 +80,8 @@ def attach_fused_loss(model: Any) -> None:
         loss, router = carried.reshape(()), None
         if top_k is not None and outputs.router_logits:
             balance, aux, kind = loss_request.router
-            router = router_losses(outputs.router_logits, loss_request.tokens, top_k, kind)
+            # Over the positions that carry the loss, so that micro-batches add up to the whole batch.
+            router = router_losses(outputs.router_logits, loss_request.labels != IGNORE, top_k, kind)
             items = parts.num_valid if loss_request.num_items is None else loss_request.num_items
             loss = loss + (balance * router.load_balance + aux * router.aux) * (parts.num_valid / items)
         return LossOutput(loss=loss, parts=parts, router=router, hidden_states=outputs.hidden_states)

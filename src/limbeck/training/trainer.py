@@ -154,7 +154,6 @@ class DistillationTrainer(CheckpointingTrainer):
             labels=labels,
             targets=targets,
             settings={**args.loss_settings, **self.loss_weights(step if model.training else self.state.max_steps)},
-            tokens=rows.doc_ids >= 0,
             router=(args.load_balance, args.router_aux, args.router_aux_kind),
             num_items=num_items,
         )
@@ -258,7 +257,7 @@ class DistillationTrainer(CheckpointingTrainer):
                 args.learning_rate,
                 args.weight_decay,
                 args.parameter_lr_multipliers,
-                (args.adam_beta1, args.adam_beta2),
+                {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon},
             )
             self.optimizer = HybridOptimizer(groups)
         # Here too, because it may be the user's own: `optimizers=(…, None)`.
