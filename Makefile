@@ -25,7 +25,7 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.bench
 	mkdir -p benchmarks/results
-	for name in loss cache pack; do \
+	for name in loss cache pack train; do \
 		$(BIN)/python benchmarks/$$name.py --json > benchmarks/results/$$name.json || exit 1; \
 		cat benchmarks/results/$$name.json; \
 	done

@@ -22,6 +22,18 @@ def test_recipes_load(path):
     assert load_recipe(path).name == path.stem
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_knows_its_configurations(path):
+    """Parsed by accelerate's own loader, which refuses keys it does not know; ranks add up."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    assert config.num_processes == 8 * config.num_machines
+    assert f"recipes/accelerate/{path.name}" in (ROOT / "docs" / "scaling.md").read_text()
+    if config.distributed_type == "FSDP":
+        assert config.fsdp_config["fsdp_version"] == 2
+
+
 def test_the_python_api_page_runs(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python-api.md").read_text(), flags=re.DOTALL)
     script = tmp_path / "example.py"

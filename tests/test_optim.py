@@ -258,7 +258,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 sys.path.insert(0, sys.argv[1])
-from test_optim import EXPERTS, five_steps
+from test_optim import EXPERTS, five_steps, new_optimizer
 from conftest import tiny_model
 import limbeck.optim.muon as muon
 muon.bfloat16_is_fast = lambda device: False
@@ -270,8 +270,20 @@ def shard(model):
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-five_steps(model, rank=dist.get_rank(), ranks=2, prepare=shard)
+optimizer = five_steps(model, rank=dist.get_rank(), ranks=2, prepare=shard)
 assert all(isinstance(p, DTensor) for p in model.parameters())
+# What accelerate saves and loads of a sharded optimizer comes back as it was.
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+saved = get_optimizer_state_dict(model, optimizer)
+fresh = new_optimizer(model)
+set_optimizer_state_dict(model, fresh, saved)
+for old, new in zip(optimizer.param_groups, fresh.param_groups, strict=True):
+    assert old["name"] == new["name"] and list(old.get("layouts", [])) == list(new.get("layouts", []))
+    for p in old["params"]:
+        for key, value in optimizer.state[p].items():
+            other = fresh.state[p][key]
+            same = value.to_local() if isinstance(value, DTensor) else value
+            assert torch.equal(same, other.to_local() if isinstance(other, DTensor) else other), key
 full = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
 if dist.get_rank() == 0:
     torch.save(full, sys.argv[2])
@@ -288,11 +300,7 @@ def five_steps(model, rank=0, ranks=1, prepare=None):
     attach_fused_loss(model)
     if prepare is not None:
         prepare(model)
-    # Lion's signs would turn a gradient's last bit into a whole step; AdamW's first ones too.
-    groups = build_groups(model, OptimizerConfig(name="muon_adamw"), 0.02, 0.1)
-    for group in groups:
-        group["eps"] = 1e-3
-    optimizer = HybridOptimizer(groups)
+    optimizer = new_optimizer(model)
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
         ids = torch.randint(0, 4096, (4, 16), generator=generator)[rank * 4 // ranks : (rank + 1) * 4 // ranks]
@@ -301,6 +309,12 @@ def five_steps(model, rank=0, ranks=1, prepare=None):
         model(**rows.model_inputs("packed"), loss_request=request).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+    return optimizer
+
+
+def new_optimizer(model):
+    """Muon and AdamW; Lion's signs would turn a gradient's last bit into a whole step, AdamW's first ones too."""
+    return HybridOptimizer(build_groups(model, OptimizerConfig(name="muon_adamw"), 0.02, 0.1, adam={"eps": 1e-3}))
 
 
 def test_fully_sharded_over_two_ranks_is_one_process(tmp_path, monkeypatch):

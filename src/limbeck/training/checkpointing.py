@@ -161,6 +161,8 @@ class CheckpointingTrainer(Trainer):
         """
         if self.args.should_save and folder.exists():
             shutil.rmtree(folder)
+        if self.is_fsdp_enabled:  # checkpoints may be sharded, the result is one model
+            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         problem = next((p for p in self._gathered(first_failure([lambda: self.save_model(str(folder))])) if p), None)
         if problem is not None:
             if self.args.should_save:
