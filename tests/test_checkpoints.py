@@ -213,3 +213,109 @@ def test_unlogged_sums_survive_a_resume(packed, tmp_path):
     assert lines[0] == lines[1]
     assert lines[0]["step"] == 4
     assert torch.equal(weights(whole.model)["model.norm.weight"], weights(resumed.model)["model.norm.weight"])
+
+
+def test_a_start_that_cannot_be_is_refused_before_anything_is_touched(recipe_tree, packed, tmp_path):
+    base = {**recipe_tree["training"], "mode": "ce", "save_steps": 1, "save_total_limit": None, "eval_steps": 1}
+    folder = tmp_path / "student"
+    train(with_changes(recipe_tree, training=base), folder)
+    before = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    changed = {**base, "resume_from": str(folder / "step_2")}
+    for changes in ({"optimizer": {"name": "lion"}}, {"training": {**changed, "warmup_steps": 50}}):
+        recipe = with_changes(recipe_tree, **{"training": changed, **changes})
+        with pytest.raises(ConfigError):
+            train(recipe, folder)
+    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) == before
+    assert train(with_changes(recipe_tree, training=base), folder)["steps"] == 4  # found done
+
+
+@pytest.mark.parametrize("moment", ["forget_after", "save"])
+def test_a_change_of_mode_survives_a_kill_anywhere(recipe_tree, packed, tmp_path, monkeypatch, moment):
+    """Killed once the change is recorded, or after its first save: the same command ends with the same bytes."""
+    base = {**recipe_tree["training"], "mode": "ce", "save_steps": 1, "save_total_limit": None, "max_steps": 4}
+    kd = {**base, "mode": "distill", "max_steps": 6, "learning_rate": 5e-3}
+    loss = {"alpha_initial": 0.1, "alpha_warmup_steps": 3, "alpha": 0.9}
+    results = {}
+    for name in ("whole", "cut"):
+        folder = tmp_path / name
+        train(with_changes(recipe_tree, training=base), folder)
+        recipe = with_changes(
+            recipe_tree, training={**kd, "resume_from": str(folder / "step_2")}, loss=loss,
+            teacher={"use_cached_logits": False},
+        )  # fmt: skip
+        if name == "cut":
+            with monkeypatch.context() as patch:
+                if moment == "forget_after":
+                    patch.setattr("limbeck.training.resume.forget_after", _interrupted)
+                else:
+                    patch.setattr(DistillationTrainer, "_save_checkpoint", _saves_and_dies)
+                with pytest.raises(KeyboardInterrupt):
+                    train(recipe, folder)
+        manifest = train(recipe, folder)
+        assert manifest["steps"] == 6
+        logs = json.loads((folder / "step_6" / "trainer_state.json").read_text())["log_history"]
+        results[name] = (
+            [e["alpha"] for e in logs if "alpha" in e],
+            (folder / "final" / "model.safetensors").read_bytes(),
+        )
+    assert results["cut"] == results["whole"]
+    assert results["whole"][0] == pytest.approx([0.1 + 0.8 / 3, 0.9])  # steps 4 and 6: one and three after the change
+
+
+def _interrupted(*args):
+    raise KeyboardInterrupt
+
+
+_SAVE = DistillationTrainer._save_checkpoint
+
+
+def _saves_and_dies(*args):
+    _SAVE(*args)
+    raise KeyboardInterrupt
+
+
+def test_best_is_a_step_that_was_saved(packed, tmp_path, monkeypatch):
+    """Held-out losses 5, 4, 4.5, the second save refused: the best that is there is the first, then the third."""
+    losses = iter([5.0, 4.0, 4.5])
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "eval_loss",
+                "greater_is_better": False, "max_steps": 3, "save_strategy": "steps", "save_steps": 1}  # fmt: skip
+    trainer = DistillationTrainer(
+        tiny_model(), arguments(tmp_path, **settings), train_dataset=packed, eval_dataset=packed
+    )
+    monkeypatch.setattr(trainer, "evaluate", lambda **kwargs: {"eval_loss": next(losses)})
+    monkeypatch.setattr(trainer, "_refused", lambda folder: trainer.state.global_step == 2)
+    seen = []
+    original = trainer._save_checkpoint
+    trainer._save_checkpoint = lambda *args: (original(*args), seen.append(trainer.state.best_global_step))
+    trainer.train()
+    assert seen == [1, 1, 3]
+    assert trainer.state.best_metric == 4.5
+    best = load_file(tmp_path / "best" / "model.safetensors")["model.norm.weight"]
+    assert torch.equal(best, load_file(tmp_path / "step_3" / "model.safetensors")["model.norm.weight"])
+
+
+def test_a_disk_that_fills_up_at_the_rename(packed, tmp_path, monkeypatch, caplog):
+    import limbeck.training.checkpointing as checkpointing
+
+    original, calls = checkpointing.commit, []
+
+    def fails(folder, step):
+        calls.append(step)
+        if step == 2:
+            raise OSError(28, "No space left on device")
+        return original(folder, step)
+
+    monkeypatch.setattr(checkpointing, "commit", fails)
+    trainer = saving(packed, tmp_path, steps=3)
+    trainer.train()
+    assert checkpoints.steps(tmp_path) == [1, 3]
+    assert "checkpoint step_2 could not be written ([Errno 28] No space left on device)" in caplog.text
+
+
+def test_a_tokenizers_failed_write_is_a_failed_write():
+    def broken():
+        raise Exception("No space left on device (os error 28)")
+
+    assert checkpoints.first_failure([broken]) == "No space left on device (os error 28)"
+    with pytest.raises(RuntimeError, match="something else"):
+        checkpoints.first_failure([lambda: (_ for _ in ()).throw(RuntimeError("something else"))])

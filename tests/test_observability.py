@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 from conftest import limbeck, tiny_model
 from limbeck import DistillationTrainer, LocalTeacher
@@ -21,7 +22,7 @@ from test_trainer import arguments
 
 def test_a_rate_that_explodes_ends_the_run_before_anything_is_saved_over(recipe_tree, tmp_path):
     training = {**recipe_tree["training"], "mode": "ce", "max_steps": 30, "save_steps": 1, "max_grad_norm": 0,
-                "learning_rate": 1e25, "lr_scheduler_type": "constant"}  # fmt: skip
+                "save_total_limit": 1, "learning_rate": 1e25, "lr_scheduler_type": "constant"}  # fmt: skip
     path = tmp_path / "hot.yaml"
     path.write_text(json.dumps({**recipe_tree, "training": training}))
     done = limbeck("train", path, "--json", check=False)
@@ -34,8 +35,34 @@ def test_a_rate_that_explodes_ends_the_run_before_anything_is_saved_over(recipe_
     assert "max_grad_norm is 0" in error
     assert "Packed rows of this rank's batch: [" in error
     folder = tmp_path / "run" / "student"
-    assert checkpoints.steps(folder)[-1] == step - 1
+    assert checkpoints.steps(folder) == [step - 1]
+    saved = load_file(folder / f"step_{step - 1}" / "model.safetensors")
+    assert all(bool(torch.isfinite(value).all()) for value in saved.values())
     assert not (folder / "final").exists()
+
+
+def test_weights_that_are_not_numbers_are_never_saved(packed, tmp_path):
+    """The last update of a run may be the one that ruins it: no checkpoint, no final/, the one before stays."""
+    trainer = DistillationTrainer(
+        tiny_model(), arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1, save_total_limit=1),
+        train_dataset=packed,
+    )  # fmt: skip
+    step = trainer._save_checkpoint
+
+    def ruins(model, trial):
+        if trainer.state.global_step == 2:
+            trainer.model.model.norm.weight.data[0] = math.nan
+        step(model, trial)
+
+    trainer._save_checkpoint = ruins
+    with pytest.raises(DivergedError, match="after step 2 the weights are not finite"):
+        trainer.train()
+    with pytest.raises(DivergedError):
+        trainer.save_final(tmp_path / "final")
+    assert checkpoints.steps(tmp_path) == [1]
+    again = DistillationTrainer(tiny_model(), arguments(tmp_path, max_steps=2), train_dataset=packed)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 2
 
 
 def test_causes_are_what_the_run_shows(tmp_path):
@@ -165,7 +192,7 @@ def curves(count=20, **keys):
     (curves(loss=lambda i: 5 - 0.02 * i, teacher_wait_share=0.6),
      {"teacher": {"use_cached_logits": False}}, "60% of the time went into waiting for the teacher: cache"),
     (curves(loss=lambda i: 5 - 0.02 * i, teacher_mass=0.5), {}, "hold 50% of the teacher's mass"),
-    (curves(loss=lambda i: 5 - 0.02 * i, **{f"expert_load/{e:03d}": 0.7 if e == 0 else 0.3 / 7 for e in range(8)}),
+    (curves(loss=lambda i: 5 - 0.02 * i, **{f"expert_load/{e:03d}": 0.45 if e == 0 else 0.55 / 7 for e in range(8)}),
      {}, "raise loss.load_balance (now 0.01)"),
     ([*curves(loss=lambda i: 5 - 0.1 * i), *curves(4, eval_loss=lambda i: 3 + 0.1 * i)], {}, "use best/"),
     (curves(4, loss=lambda i: 5 - 0.1 * i), {}, "the curves show nothing to change"),

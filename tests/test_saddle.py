@@ -158,3 +158,16 @@ def test_a_proof_in_the_middle_of_a_run_is_logged(packed, tmp_path):
     assert line["smallest_curvature"] < line["largest_curvature"]
     if line["event"] == "moved along it":
         assert line["loss_after"] < line["loss_before"]
+
+
+def test_a_line_cut_short_by_a_kill_is_no_obstacle(packed, tmp_path):
+    settings = {"max_steps": 6, "saddle": STALLED, "save_strategy": "steps", "save_steps": 3}
+    DistillationTrainer(tiny_model(), arguments(tmp_path, **settings), train_dataset=packed).train()
+    path = tmp_path / "saddle.jsonl"
+    whole = path.read_text()
+    path.write_text(whole + '{"step": 5, "ev')
+    again = DistillationTrainer(tiny_model(), arguments(tmp_path, **settings), train_dataset=packed)
+    again.train(resume_from_checkpoint=str(tmp_path / "step_3"))
+    assert path.read_text() == whole
+    line = next(e for e in again.state.log_history if "lr_boost" in e)
+    assert line["lr_boost"] >= 1.0

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from conftest import limbeck
 from limbeck.config import Recipe
-from limbeck.errors import ConfigError
+from limbeck.errors import ConfigError, LimbeckError
 from limbeck.models import build_student
 from limbeck.pipeline import build_nodes, run_pipeline
 from limbeck.recipe import load_recipe
@@ -116,7 +116,8 @@ def test_resume_lands_inside_the_right_stage(curriculum, recipe_tree, tmp_path, 
 
 def test_a_run_without_stages_gives_way_and_comes_back(curriculum):
     tree = json.loads(curriculum.model_dump_json(exclude_unset=True))
-    plain = Recipe.model_validate({**tree, "stages": {"enabled": False}})
+    training = {**tree["training"], "max_steps": 4}
+    plain = Recipe.model_validate({**tree, "training": training, "stages": {"enabled": False}})
     run_pipeline(plain, "train")
     first = (plain.student_dir / "final" / "model.safetensors").read_bytes()
     run_pipeline(curriculum, "train")
@@ -124,6 +125,37 @@ def test_a_run_without_stages_gives_way_and_comes_back(curriculum):
     run_pipeline(plain, "train")
     assert (plain.student_dir / "final" / "model.safetensors").read_bytes() == first
     assert not (plain.student_dir / "kd").exists()
+
+
+@pytest.mark.parametrize("changes", [
+    {"parameter_lr_multipliers": [{"pattern": "expertz", "lr_multiplier": 2.0}]},
+    {"training": {"warmup_steps": 9}},
+    {"optimizer": {"algorithms": [{"pattern": "norm", "algorithm": "muon"}]}},
+])  # fmt: skip
+def test_a_later_stages_mistake_shows_before_the_first_trains(curriculum, changes):
+    tree = json.loads(curriculum.model_dump_json(exclude_unset=True))
+    tree["stages"]["configs"][1].update(changes)
+    with pytest.raises(ConfigError, match="stage kd: "):
+        run_pipeline(Recipe.model_validate(tree), "train")
+    assert not (curriculum.student_dir / "ce").exists()
+
+
+def test_a_named_folder_is_refused_before_it_is_touched_and_force_trains_all(curriculum, tmp_path):
+    tree = json.loads(curriculum.model_dump_json(exclude_unset=True))
+    tree["training"]["output_dir"] = str(tmp_path / "named")
+    named = Recipe.model_validate(tree)
+    run_pipeline(named, "train")
+    before = finals(tmp_path / "named")
+    tree["stages"]["configs"][1]["max_steps"] = 3
+    changed = Recipe.model_validate(tree)
+    with pytest.raises(LimbeckError, match=r"kd was made from other inputs \(training"):
+        run_pipeline(changed, "train")
+    assert (tmp_path / "named" / "manifest.json").exists()
+    assert {stage.state for stage in run_pipeline(named, "train").stages} == {"skipped"}
+    run_pipeline(changed, "train", force=True)
+    assert finals(tmp_path / "named")["ce/final"] == before["ce/final"]
+    lines = (tmp_path / "named" / "ce" / "provenance.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0]  # trained anew
 
 
 def test_stages_with_the_same_rows_share_them(recipe_tree):
@@ -149,7 +181,8 @@ def test_stages_with_the_same_rows_share_them(recipe_tree):
 def test_a_stage_with_a_typo_is_named(recipe_tree, tmp_path, changes, message):
     stages = {"enabled": True, "configs": [{"stage_name": "kd", "max_steps": 2, **changes}]}
     path = tmp_path / "recipe.yaml"
-    path.write_text(json.dumps({**recipe_tree, "stages": stages}))
+    training = {k: v for k, v in recipe_tree["training"].items() if k != "max_steps"}
+    path.write_text(json.dumps({**recipe_tree, "training": training, "stages": stages}))
     with pytest.raises(ConfigError, match=message):
         load_recipe(path)
 
@@ -160,8 +193,13 @@ def test_a_stage_with_a_typo_is_named(recipe_tree, tmp_path, changes, message):
     ({"loss": {"temperature_initial": 4.0, "temperature_warmup_steps": 5},
       "teacher": {"model": "x", "temperatures": [1.0, 2.0]}}, "temperature_initial is 4.0 and teacher.temperatures"),
     ({"stages": CURRICULUM, "training": {"resume_from": "somewhere"}}, "stages continue by themselves"),
-    ({"stages": {**CURRICULUM}, "teacher": {"model": "x", "top_k": 16, "sampling": {"head": 4}},
+    ({"stages": CURRICULUM, "training": {"max_steps": 9}}, "training.max_steps is 9 and stages.enabled is true"),
+    ({"stages": {**CURRICULUM, "configs": [{"stage_name": "final", "max_steps": 1}]}, "training": {}},
+     "'final' names something else"),
+    ({"stages": CURRICULUM, "training": {}, "teacher": {"model": "x", "sampling": {"head": 4}},
       "loss": {"temperature": 1.0}}, None),
+    ({"stages": {"enabled": True, "configs": [{"stage_name": "a", "max_steps": 1, "loss": {"temperature": 1.0}}]},
+      "training": {}, "teacher": {"model": "x", "sampling": {"head": 4}}}, "teacher.sampling draws at 2.0"),
 ])  # fmt: skip
 def test_keys_that_clash_are_refused_at_once(recipe_tree, tmp_path, changes, message):
     path = tmp_path / "recipe.yaml"

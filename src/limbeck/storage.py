@@ -122,6 +122,15 @@ def read_json(path: Path) -> Any:
         raise CorruptError(f"{path} is not valid JSON ({error}). Delete it and run the stage again.") from error
 
 
+def read_json_lines(path: Path) -> list[Any]:
+    """The values of a JSON-lines file that is appended to; a last line that a kill cut short is left out."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
+
+
 _KINDS = {"data pack": "packed", "teacher cache": "teacher_cache", "train": "student"}
 
 

@@ -86,6 +86,12 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _stages_resume_by_themselves(self) -> "Recipe":
+        for key in ("max_steps", "num_train_epochs"):
+            if self.stages.enabled and key in self.training.model_fields_set:
+                raise ValueError(
+                    f"training.{key} is {getattr(self.training, key)} and stages.enabled is true; a run is as long "
+                    "as its stages. Set max_steps or num_epochs of each, or stages.enabled: false"
+                )
         if self.stages.enabled and self.training.resume_from is not None:
             raise ValueError(
                 f"training.resume_from is {self.training.resume_from} and stages.enabled is true; stages continue by "

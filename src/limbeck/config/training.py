@@ -68,7 +68,8 @@ class LossConfig(Section):
         end = self.end("temperature")
         if self.temperature_initial is None:
             return (end,)
-        return tuple(self.temperature_initial + (end - self.temperature_initial) * i / 4 for i in range(5))
+        start = self.temperature_initial
+        return (start, *(round(start + (end - start) * i / 4, 6) for i in (1, 2, 3)), end)
 
 
 class LRMultiplier(Section):
@@ -260,6 +261,8 @@ class Stage(Section):
     def _one_length(self) -> "Stage":
         if (self.num_epochs is None) == (self.max_steps is None):
             raise ValueError(f"stage {self.stage_name!r} needs exactly one of num_epochs and max_steps")
+        if self.stage_name in ("final", "best", "latest", "runs") or self.stage_name.startswith("step_"):
+            raise ValueError(f"stage_name {self.stage_name!r} names something else in the run's folder; choose another")
         for key in ("output_dir", "resume_from", "max_steps", "num_train_epochs"):
             if key in self.training:
                 raise ValueError(

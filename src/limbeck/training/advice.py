@@ -104,7 +104,9 @@ def _support_too_small(curves: Curves) -> str | None:
 
 def _unbalanced(curves: Curves) -> str | None:
     load = {key: curves.last(key) or 0.0 for entry in curves.logs for key in entry if key.startswith("expert_load/")}
-    if not load or max(load.values()) < 4.0 / len(load):
+    # No share can exceed 1/top_k, however bad the balance is.
+    top_k = curves.recipe.student.config.get("num_experts_per_tok", 2)
+    if not load or max(load.values()) < min(4.0 / len(load), 0.8 / top_k):
         return None
     return (
         f"the busiest expert takes {max(load.values()):.0%} and the idlest {min(load.values()):.1%} of the tokens: "

@@ -19,6 +19,7 @@ from limbeck.errors import ConfigError, LimbeckError
 from limbeck.storage import fsync_tree, read_json, write_json
 from limbeck.training.checkpoints import (
     BEST,
+    PROGRESS,
     commit,
     first_failure,
     last_size,
@@ -28,8 +29,6 @@ from limbeck.training.checkpoints import (
     room_for,
     rotate,
 )
-
-_PROGRESS = "progress.json"
 
 
 class CheckpointingTrainer(Trainer):
@@ -50,6 +49,9 @@ class CheckpointingTrainer(Trainer):
         self.settings_id: str | None = None
         self._settings_changed = False
         self._saved_progress: dict[str, Any] = {}
+        #: The step at which the present settings began; ramps count from it.
+        self.settings_began = 0
+        self._saved_best: tuple[Any, Any, Any] = (None, None, None)
         super().__init__(args=args, **kwargs)
         self.add_callback(_RestoreProgress(self))
 
@@ -64,31 +66,59 @@ class CheckpointingTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save, seal, rename, and only then delete older checkpoints: at every instant a whole one exists."""
         started = time.perf_counter()
+        self._refuse_ruins()
         folder, step = Path(self.args.output_dir), self.state.global_step
         if self._refused(folder):
+            self._forget_unsaved_best(step)
             return
         self.store_flos()
-        if self.state.best_global_step is not None:  # where it will be once it is in place
-            self.state.best_model_checkpoint = str(folder / f"step_{self.state.best_global_step}")
-        problems = [found for found in self._gathered(self._write(folder, step)) if found]
-        if problems:
+        best = self.state.best_global_step
+        if best is not None and (best == step or (folder / f"step_{best}").is_dir()):  # where it will be
+            self.state.best_model_checkpoint = str(folder / f"step_{best}")
+        problem = self._first_of_any_rank(self._write(folder, step))
+        if problem is None:  # the rename is rank 0's, and may still fail for want of room
+            place = [lambda: commit(folder, step)] if self.args.should_save else []
+            problem = self._first_of_any_rank(first_failure(place))
+        if problem is not None:
+            self._forget_unsaved_best(step)
             if self.args.should_save:
-                shutil.rmtree(partial_folder(folder, step), ignore_errors=True)
-                kept = newest(folder)
-                warn(
-                    f"checkpoint step_{step} could not be written ({problems[0]}). "
-                    + (f"{kept} is whole and stays the one to resume from; " if kept else "There is none yet; ")
-                    + "training goes on and tries again at the next save. Make room meanwhile."
-                )
+                self._tell_of_failure(folder, step, problem)
         elif self.args.should_save:
-            final, size = commit(folder, step)
-            if self.state.best_global_step == step:
-                self._publish_best(final)
-            rotate(folder, self._keep_checkpoints, self.state.best_global_step)
-            say(f"saved {final} ({_megabytes(size)} in {time.perf_counter() - started:.1f} s)")
+            self._committed(folder, step, time.perf_counter() - started)
+        if problem is None:
+            state = self.state
+            self._saved_best = (state.best_global_step, state.best_metric, state.best_model_checkpoint)
         if self.args.world_size > 1:
             self.accelerator.wait_for_everyone()
         self._took(time.perf_counter() - started)
+
+    def _committed(self, folder: Path, step: int, seconds: float) -> None:
+        final = folder / f"step_{step}"
+        if self.state.best_global_step == step:
+            self._publish_best(final)
+        try:
+            rotate(folder, self._keep_checkpoints, self.state.best_global_step)
+        except OSError as error:
+            warn(f"an older checkpoint in {folder} could not be removed ({error})")
+        say(f"saved {final} ({_megabytes(last_size(folder) or 0)} in {seconds:.1f} s)")
+
+    def _tell_of_failure(self, folder: Path, step: int, problem: str) -> None:
+        shutil.rmtree(partial_folder(folder, step), ignore_errors=True)
+        kept = newest(folder)
+        warn(
+            f"checkpoint step_{step} could not be written ({problem}). "
+            + (f"{kept} is whole and stays the one to resume from; " if kept else "There is none yet; ")
+            + "training goes on and tries again at the next save. Make room meanwhile."
+        )
+
+    def _forget_unsaved_best(self, step: int) -> None:
+        """The best step is one whose weights are on disk: what a failed save leaves is the best before it."""
+        if self.state.best_global_step == step:
+            state = self.state
+            state.best_global_step, state.best_metric, state.best_model_checkpoint = self._saved_best
+
+    def _refuse_ruins(self) -> None:
+        """Nothing is saved whose weights are not numbers; overridden where that is known."""
 
     def _took(self, seconds: float) -> None:
         """A save's time is no training time; for the throughput."""
@@ -131,13 +161,15 @@ class CheckpointingTrainer(Trainer):
         if self.args.should_save:
             pieces += [
                 lambda: self.state.save_to_json(str(partial / "trainer_state.json")),
-                lambda: write_json(partial / _PROGRESS, progress),
+                lambda: write_json(partial / PROGRESS, progress),
                 lambda: fsync_tree(partial),
             ]
         return first_failure(pieces)
 
-    def _gathered(self, problem: str | None) -> list[str | None]:
-        return gather_object([problem]) if self.args.world_size > 1 else [problem]
+    def _first_of_any_rank(self, problem: str | None) -> str | None:
+        """What went wrong on any rank, so that all do the same."""
+        found = gather_object([problem]) if self.args.world_size > 1 else [problem]
+        return next((entry for entry in found if entry), None)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Weights, config and tokenizer; without `training_args.bin`, a pickle that nobody should have to trust."""
@@ -163,7 +195,8 @@ class CheckpointingTrainer(Trainer):
             shutil.rmtree(folder)
         if self.is_fsdp_enabled:  # checkpoints may be sharded, the result is one model
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-        problem = next((p for p in self._gathered(first_failure([lambda: self.save_model(str(folder))])) if p), None)
+        self._refuse_ruins()
+        problem = self._first_of_any_rank(first_failure([lambda: self.save_model(str(folder))]))
         if problem is not None:
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -179,9 +212,11 @@ class CheckpointingTrainer(Trainer):
         if resume_from_checkpoint is True:
             found = newest(Path(self.args.output_dir))
             resume_from_checkpoint = str(found) if found else None
-        progress = Path(resume_from_checkpoint) / _PROGRESS if resume_from_checkpoint else None
+        progress = Path(resume_from_checkpoint) / PROGRESS if resume_from_checkpoint else None
         self._saved_progress = read_json(progress) if progress is not None and progress.is_file() else {}
         self._settings_changed = bool(self._saved_progress) and self._saved_progress["settings"] != self.settings_id
+        began = "step" if self._settings_changed else "settings_began"
+        self.settings_began = self._saved_progress.get(began, 0)
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
@@ -190,12 +225,21 @@ class CheckpointingTrainer(Trainer):
         best = self.state.best_global_step
         if best is not None and not (Path(self.args.output_dir) / f"step_{best}").is_dir():
             self.state.best_global_step = self.state.best_metric = self.state.best_model_checkpoint = None
+        state = self.state
+        self._saved_best = (state.best_global_step, state.best_metric, state.best_model_checkpoint)
         return result
 
     def progress_state(self) -> dict[str, Any]:
         """What the Trainer forgets between two log lines."""
         total = self.accelerator.reduce(self._tr_loss.clone(), reduction="mean")
-        return {"loss": float(total), "last_logged": self._globalstep_last_logged, "settings": self.settings_id}
+        return {
+            "step": self.state.global_step,
+            "loss": float(total),
+            "last_logged": self._globalstep_last_logged,
+            "settings": self.settings_id,
+            "settings_began": self.settings_began,
+            "groups": [str(group.get("name")) for group in self.optimizer.param_groups],
+        }
 
     def restore_progress(self, state: dict[str, Any]) -> None:
         """Go on with the running loss of the checkpoint."""

@@ -25,10 +25,11 @@ from limbeck.storage import (
 )
 
 LATEST = "latest"
+PROGRESS = "progress.json"
 BEST = "best"
 _NAME = re.compile(r"^step_(\d+)$")
 _MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt")
-_NOT_MODEL = {"trainer_state.json", "progress.json", MANIFEST}
+_NOT_MODEL = {"trainer_state.json", PROGRESS, MANIFEST}
 _FULL = 0.90
 
 
@@ -107,15 +108,23 @@ def verify(folder: Path) -> None:
             )
 
 
-def forget_after(folder: Path, step: int) -> None:
-    """Drop checkpoints later than `step`: the run goes on from there, and they belong to what it leaves behind."""
-    dropped = [found for found in steps(folder) if found > step]
+def forget_after(folder: Path, step: int, own: str | None = None) -> None:
+    """Drop checkpoints later than `step`, which belong to what the run leaves behind.
+
+    Those made under the settings `own` stay: they are the run's, later than its start.
+    """
+    dropped = [found for found in steps(folder) if found > step and (own is None or _settings(folder, found) != own)]
     if dropped:
         (folder / LATEST).unlink(missing_ok=True)
         if (folder / BEST).exists():
             shutil.rmtree(folder / BEST)
     for later in dropped:
         remove(folder / f"step_{later}")
+
+
+def _settings(folder: Path, step: int) -> str | None:
+    path = folder / f"step_{step}" / PROGRESS
+    return read_json(path)["settings"] if path.is_file() else None
 
 
 def remove_partial(folder: Path) -> None:
@@ -197,8 +206,9 @@ def first_failure(pieces: Sequence[Callable[[], object]]) -> str | None:
             piece()
         except (OSError, SafetensorError) as error:
             problem = problem or str(error)
-        except RuntimeError as error:  # torch.save's way of reporting a failed write
-            if "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
+        except Exception as error:
+            # torch.save and tokenizers report a failed write without a type of its own
+            if not any(word in str(error) for word in ("PytorchStreamWriter", "unexpected pos", "os error")):
                 raise
             problem = problem or str(error).splitlines()[0]
     return problem

@@ -10,13 +10,14 @@ checkpoint and end with the same bytes as an undisturbed run; other inputs are r
 """
 
 import contextlib
+import errno
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from accelerate.utils import broadcast_object_list
 
 from limbeck import ranks
@@ -27,30 +28,13 @@ from limbeck.data.tokenizer import LoadedTokenizer, recipe_tokenizer
 from limbeck.errors import LimbeckError
 from limbeck.models import build_student, embedded_vocab_size, model_identity, require_packing
 from limbeck.optim.groups import build_groups, describe_groups
-from limbeck.storage import (
-    INPUTS,
-    MANIFEST,
-    StageFolder,
-    atomic_write_text,
-    commit_folder,
-    read_manifest,
-    sha256_file,
-    write_json,
-    write_manifest,
-)
+from limbeck.optim.schedules import schedule_arguments
+from limbeck.storage import StageFolder, commit_folder, read_json_lines, read_manifest, sha256_file, write_manifest
 from limbeck.teachers.base import Teacher
 from limbeck.teachers.choose import open_teacher, teacher_inputs
 from limbeck.training.advice import advise
-from limbeck.training.checkpoints import (
-    BEST,
-    checkpoint_step,
-    forget_after,
-    newest,
-    publish_model,
-    remove_partial,
-    resolve_resume,
-    steps,
-)
+from limbeck.training.checkpoints import BEST, checkpoint_step, newest, publish_model
+from limbeck.training.resume import begin
 
 _USERS_LOGGING_DIR = os.environ.get("TENSORBOARD_LOGGING_DIR")
 
@@ -59,6 +43,9 @@ _NOT_INPUTS = {
     "output_dir", "resume", "resume_from", "logging_steps", "save_total_limit", "report_to", "device",
     "dataloader_num_workers", "dashboard", "per_device_eval_batch_size", "eval_steps", "eval_rows", "save_steps",
 }  # fmt: skip
+
+
+_ROUTER_KEYS = {"load_balance", "router_aux", "router_aux_kind"}
 
 
 def train_inputs(recipe: Recipe, rows: PackedDataset, start: str | None = None) -> dict[str, Any]:
@@ -75,7 +62,10 @@ def train_inputs(recipe: Recipe, rows: PackedDataset, start: str | None = None) 
         "training": training,
         "parameter_lr_multipliers": [rule.model_dump() for rule in recipe.parameter_lr_multipliers],
         "seed": recipe.seed,
-        "loss": recipe.loss.model_dump(mode="json", exclude={"chunk_size"}) if recipe.distils else None,
+        # Without a teacher the losses of routed experts are all that this section means.
+        "loss": recipe.loss.model_dump(
+            mode="json", exclude={"chunk_size"}, include=None if recipe.distils else _ROUTER_KEYS
+        ),
         "teacher": teacher_inputs(recipe),
     }
 
@@ -98,31 +88,64 @@ def train_one(
     stage = StageFolder(folder, "train", train_inputs(recipe, rows, begun_from), aside)
     main = ranks.rank() == 0
     if main:
-        stage.bring_back()
+        _ = force or stage.bring_back()
     else:
         ranks.wait_until(lambda: stage.recorded() == stage.fingerprint, f"rank 0 to begin {folder}")
     if stage.is_done() and recipe.training.resume_from is None and not force:
         say(f"{folder} is complete")
         return stage.manifest()
-    student = _student(recipe, tokenizer, start, teacher)  # whatever is wrong with it shows before anything is written
-    with stage.lock() if main else contextlib.nullcontext():
-        changed = _begin(stage, recipe, force) if main else None
+    # Whatever is wrong with the student or its optimizer shows before anything is written.
+    student = new_student(recipe, tokenizer, start, teacher)
+    groups = check_plan(recipe, student, rows)
+    with stage.lock() if main else contextlib.nullcontext(), _plain_errors(folder):
+        resume, changed = begin(stage, recipe, force, groups) if main else (None, None)
         trainer = _trainer(recipe, folder, student, teacher, rows, held_out, tokenizer)
-        # Rank 0 chooses for all: it may drop checkpoints while the others look.
-        (resume,) = broadcast_object_list([_resume_point(recipe, folder, changed) if main else None])
+        (resume,) = broadcast_object_list([resume])  # rank 0 chooses for all
         if main:
             _record_provenance(stage, recipe, resume, changed)
         trainer.settings_id = stage.fingerprint
-        with _peers_named(folder):
-            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         return _finish(trainer, stage, recipe)
 
 
+def check_plan(recipe: Recipe, student: Any, rows: PackedDataset) -> list[str]:
+    """Find out, before anything is trained, whether optimizer and schedule of a recipe can be; returns its groups.
+
+    Raises:
+        ConfigError: a pattern matches nothing, an algorithm does not fit, or warm-up and decay exceed the run.
+    """
+    training = recipe.training
+    learns = [parameter.requires_grad for parameter in student.parameters()]
+    rules = [(rule.pattern, rule.lr_multiplier) for rule in recipe.parameter_lr_multipliers]
+    groups = build_groups(student, recipe.optimizer, recipe.learning_rate, training.weight_decay, rules)
+    for parameter, before in zip(student.parameters(), learns, strict=True):
+        parameter.requires_grad_(before)
+    batches = math.ceil(len(rows) / (training.per_device_train_batch_size * ranks.world_size()))
+    updates = max(1, math.ceil(batches / training.gradient_accumulation_steps))
+    total = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * updates)
+    schedule_arguments(
+        training.lr_scheduler_type,
+        total,
+        training.warmup_steps,
+        decay_ratio=training.decay_ratio,
+        decay_type=training.decay_type,
+        min_lr_ratio=training.min_lr_ratio,
+    )
+    return [str(group["name"]) for group in groups]
+
+
 @contextlib.contextmanager
-def _peers_named(folder: Path) -> Iterator[None]:
-    """Say in one line what a lost connection between ranks means."""
+def _plain_errors(folder: Path) -> Iterator[None]:
+    """Say in one line what a full disk or a lost connection between ranks means."""
     try:
         yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise
+        raise LimbeckError(
+            f"{folder} could not be written ({error}). Make room and run the same command again: it continues from "
+            "the newest checkpoint."
+        ) from None
     except RuntimeError as error:
         lost = ("closed by peer", "Connection reset", "Broken pipe", "Connection refused", "NCCL", "timed out", "gloo")
         if ranks.world_size() == 1 or not any(word in str(error) for word in lost):
@@ -135,22 +158,8 @@ def _peers_named(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def _begin(stage: StageFolder, recipe: Recipe, force: bool) -> str | None:
-    """Start or continue the folder; returns what changed when `resume_from` allows other inputs."""
-    recorded, changed = stage.recorded(), None
-    if recorded is not None and recorded != stage.fingerprint and recipe.training.resume_from is not None:
-        changed = stage.differences()
-        say(f"continuing {stage.path} with a change ({changed})")
-        (stage.path / MANIFEST).unlink(missing_ok=True)
-        write_json(stage.path / INPUTS, {"fingerprint": stage.fingerprint, "inputs": stage.inputs})
-    stage.begin(replace=force)
-    remove_partial(stage.path)
-    text = yaml.safe_dump(json.loads(recipe.model_dump_json()), sort_keys=False)
-    atomic_write_text(stage.path / "recipe.yaml", text)
-    return changed
-
-
-def _student(recipe: Recipe, tokenizer: LoadedTokenizer, start: Path | None, teacher: Teacher | None) -> Any:
+def new_student(recipe: Recipe, tokenizer: LoadedTokenizer, start: Path | None, teacher: Teacher | None) -> Any:
+    """The student as it begins: of the recipe, or from the weights in `start`."""
     special = {"bos_token_id": tokenizer.hf.bos_token_id, "eos_token_id": tokenizer.eos_id}
     if tokenizer.hf.pad_token_id not in special.values():  # an embedding row named padding never learns
         special["pad_token_id"] = tokenizer.hf.pad_token_id
@@ -165,8 +174,6 @@ def _student(recipe: Recipe, tokenizer: LoadedTokenizer, start: Path | None, tea
             f"the teacher's vocabulary has {teacher.vocab_size} ids and the student's "
             f"{embedded_vocab_size(student)}; ids only one of them has get probability 0 on the other side"
         )
-    rules = [(m.pattern, m.lr_multiplier) for m in recipe.parameter_lr_multipliers]
-    build_groups(student, recipe.optimizer, recipe.learning_rate, recipe.training.weight_decay, rules)
     return student
 
 
@@ -192,28 +199,18 @@ def _trainer(
         tokenizer=tokenizer.hf,
     )
     groups = trainer.create_optimizer().param_groups
+    for name in ("muon", "lion", "adamw"):
+        rate = getattr(recipe.optimizer, name).learning_rate
+        if rate is not None and all(group["algorithm"] != name for group in groups):
+            warn(f"optimizer.{name}.learning_rate is {rate:g} and nothing is trained with {name} (optimizer.name)")
     say("optimizer groups:\n" + describe_groups(groups, student))
     return trainer
-
-
-def _resume_point(recipe: Recipe, folder: Path, changed: str | None) -> Path | None:
-    """The checkpoint to start from: the newest own one, unless `resume_from` says that something changes there."""
-    wanted = recipe.training.resume_from
-    if wanted is not None and (changed is not None or not steps(folder)):
-        found = resolve_resume(wanted)
-        if found.parent.resolve() == folder.resolve():
-            forget_after(folder, checkpoint_step(found))
-        return found
-    if recipe.training.resume:
-        return newest(folder)
-    forget_after(folder, -1)
-    return None
 
 
 def _record_provenance(stage: StageFolder, recipe: Recipe, resume: Path | None, changed: str | None) -> None:
     """Append one line: where this run starts, in which mode, from which teacher and data."""
     path = stage.path / "provenance.jsonl"
-    last = json.loads(path.read_text().splitlines()[-1]) if path.exists() else None
+    last = next(iter(read_json_lines(path)[-1:]), None) if path.exists() else None
     mode = recipe.training.mode
     entry = {
         "step": checkpoint_step(resume) if resume else 0,

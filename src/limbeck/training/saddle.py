@@ -15,8 +15,9 @@ import torch
 from transformers import TrainerCallback
 
 from limbeck.config import SaddleConfig
-from limbeck.console import say
+from limbeck.console import say, warn
 from limbeck.errors import ConfigError
+from limbeck.storage import atomic_write_text, read_json_lines
 from limbeck.training.curvature import escape
 
 _HISTORY = 2000
@@ -83,7 +84,7 @@ class SaddleCallback(TrainerCallback):
     `saddle.jsonl` in the run's folder holds a line each.
 
     Raises:
-        ConfigError: curvature is wanted of a sharded model.
+        ConfigError: curvature is wanted of a sharded model, or of a loss whose tail is no bucket.
     """
 
     def __init__(self, trainer: Any, config: SaddleConfig) -> None:
@@ -96,13 +97,21 @@ class SaddleCallback(TrainerCallback):
         self._recent: deque[float] = deque(maxlen=10)
         if config.curvature and trainer.is_fsdp_enabled:
             raise ConfigError("saddle.curvature is true and the model is sharded (FSDP); set it to false.")
+        if config.curvature and trainer.args.tail != "bucket":
+            raise ConfigError(
+                f"saddle.curvature is true and loss.tail is {trainer.args.tail}; the proof knows bucket alone."
+            )
+
+    @property
+    def factor(self) -> float:
+        """What the learning rates are multiplied by now."""
+        return float(self._boost["factor"]) if self._boost is not None else 1.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Drop the lines of steps that a killed run took and this one takes again."""
         if state.is_world_process_zero and self._path.exists():
-            lines = self._path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-            self._path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            kept = [entry for entry in read_json_lines(self._path) if entry["step"] <= state.global_step]
+            atomic_write_text(self._path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Raise the rates for this step while a boost lasts."""
@@ -165,9 +174,12 @@ class SaddleCallback(TrainerCallback):
             for key, value in details.items()
         )
         say(f"saddle, step {step}: {event}{effect} ({shown})")
-        with self._path.open("a", encoding="utf-8") as lines:
-            record = {"step": step, "event": event, "loss_before": before, "loss_after": after, **details}
-            lines.write(json.dumps(record) + "\n")
+        record = {"step": step, "event": event, "loss_before": before, "loss_after": after, **details}
+        try:
+            with self._path.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(record) + "\n")
+        except OSError as error:  # a full disk must not end the training
+            warn(f"{self._path} cannot be written ({error})")
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""

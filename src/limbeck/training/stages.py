@@ -15,9 +15,20 @@ from typing import Any
 from limbeck import ranks
 from limbeck.config import Recipe
 from limbeck.console import say
-from limbeck.storage import INPUTS, MANIFEST, StageFolder, read_json, sha256_file, write_json, write_manifest
+from limbeck.data.tokenizer import recipe_tokenizer
+from limbeck.errors import ConfigError, LimbeckError
+from limbeck.storage import (
+    INPUTS,
+    MANIFEST,
+    StageFolder,
+    fingerprint,
+    read_json,
+    sha256_file,
+    write_json,
+    write_manifest,
+)
 from limbeck.training.checkpoints import BEST, publish_model
-from limbeck.training.run import train_inputs, train_one, training_rows
+from limbeck.training.run import check_plan, new_student, train_inputs, train_one, training_rows
 
 
 def run_inputs(recipe: Recipe) -> dict[str, Any]:
@@ -42,8 +53,9 @@ def train(recipe: Recipe, folder: Path, *, aside: Path | None = None, force: boo
         return train_one(recipe, folder, None, aside, force)
     outer = StageFolder(folder, "train", run_inputs(recipe), aside)
     main = ranks.rank() == 0
+    _check(recipe)
     if main:
-        _begin(outer, force)
+        _begin(outer, recipe, force)
     ranks.wait_until(lambda: outer.recorded() == outer.fingerprint, f"rank 0 to begin {folder}")
     start: Path | None = None
     manifest: dict[str, Any] = {}
@@ -51,21 +63,54 @@ def train(recipe: Recipe, folder: Path, *, aside: Path | None = None, force: boo
     for number, (stage, own) in enumerate(recipe.stage_recipes(), start=1):
         say(f"stage {number} of {len(names)}: {stage.stage_name} ({own.training.mode})")
         place = folder / stage.stage_name
-        manifest = train_one(own, place, start, aside, False)
+        manifest = train_one(own, place, start, aside, force)
         start = place / "final"
     if main and start is not None:
         manifest = _publish(outer, start.parent, names)
     return manifest
 
 
-def _begin(outer: StageFolder, force: bool) -> None:
-    """Begin or go on; stages decide for themselves what of theirs still holds, so their folders stay."""
+def _check(recipe: Recipe) -> None:
+    """Find a later stage's mistakes before the first one has trained for hours."""
+    tokenizer = recipe_tokenizer(recipe)
+    student = None
+    for stage, own in recipe.stage_recipes():
+        rows = training_rows(own)
+        student = student or new_student(own, tokenizer, None, None)
+        try:
+            check_plan(own, student, rows)
+        except ConfigError as error:
+            raise ConfigError(f"stage {stage.stage_name}: {error}") from None
+
+
+def _begin(outer: StageFolder, recipe: Recipe, force: bool) -> None:
+    """Begin or go on; stages decide for themselves what of theirs still holds, so their folders stay.
+
+    Raises:
+        LimbeckError: nothing may be set aside, and a stage there was made from other inputs.
+    """
     path = outer.path / INPUTS
     recorded = read_json(path)["inputs"] if path.exists() else {}
     if "stages" in recorded and not force and outer.recorded() != outer.fingerprint:
+        if outer.aside is None:
+            for stage, own in recipe.stage_recipes():
+                _refuse_changed(outer.path / stage.stage_name, train_inputs(own, training_rows(own)))
         (outer.path / MANIFEST).unlink(missing_ok=True)
         write_json(path, {"fingerprint": outer.fingerprint, "inputs": outer.inputs})
     outer.begin(clean=False, replace=force)
+
+
+def _refuse_changed(folder: Path, inputs: dict[str, Any]) -> None:
+    path = folder / INPUTS
+    if not path.exists():
+        return
+    recorded = read_json(path)["inputs"]
+    wanted = StageFolder(folder, "train", {**inputs, "start": recorded.get("start")})
+    if fingerprint(recorded) != wanted.fingerprint:
+        raise LimbeckError(
+            f"{folder} was made from other inputs ({wanted.differences()}). Use another output folder, or --force to "
+            "train every stage anew."
+        )
 
 
 def _publish(outer: StageFolder, last: Path, names: list[str]) -> dict[str, Any]:

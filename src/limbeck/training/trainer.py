@@ -37,10 +37,12 @@ from limbeck.training.callbacks import LogLines
 from limbeck.training.checkpointing import CheckpointingTrainer
 from limbeck.training.collate import RowCollator
 from limbeck.training.dashboard import Dashboard, wants_dashboard
-from limbeck.training.guard import StepGuard
+from limbeck.training.guard import DivergedError, StepGuard
 from limbeck.training.head import LossRequest, attach_fused_loss
 from limbeck.training.metrics import StepMetrics
 from limbeck.training.saddle import SaddleCallback
+
+_AFTER_ALL_RAMPS = 1 << 60
 
 
 class DistillationTrainer(CheckpointingTrainer):
@@ -153,15 +155,16 @@ class DistillationTrainer(CheckpointingTrainer):
         request = LossRequest(
             labels=labels,
             targets=targets,
-            settings={**args.loss_settings, **self.loss_weights(step if model.training else self.state.max_steps)},
+            settings={**args.loss_settings, **self.loss_weights(step if model.training else _AFTER_ALL_RAMPS)},
             router=(args.load_balance, args.router_aux, args.router_aux_kind),
             num_items=num_items,
         )
         return model(**rows.model_inputs(args.attention), loss_request=request)
 
     def loss_weights(self, step: int) -> dict[str, float]:
-        """α and τ of an optimizer step, 0 being the first."""
-        return {"alpha": self._alpha.at(step), "temperature": self._temperature.at(step)}
+        """α and τ of an optimizer step, 0 being the first; ramps count from where the present settings began."""
+        since = max(step - self.settings_began, 0)
+        return {"alpha": self._alpha.at(since), "temperature": self._temperature.at(since)}
 
     @property
     def _teacher_device(self) -> torch.device | None:
@@ -189,6 +192,8 @@ class DistillationTrainer(CheckpointingTrainer):
             by_loader = distils and self.teacher is not None and self.teacher.in_workers
             logs.update(self.metrics.drain(self._sum_over_ranks, distils=distils, targets_by_loader=by_loader))
             logs.update({f"lr/{name}": rate for name, rate in self._rates.items()})
+            if self.saddle is not None:
+                logs["lr_boost"] = self.saddle.factor
             if distils:
                 logs.update(self.loss_weights(max(self.state.global_step - 1, 0)))
         try:
@@ -308,7 +313,8 @@ class DistillationTrainer(CheckpointingTrainer):
         """The loss of the first `rows` training rows, written out so that it can be differentiated twice."""
         args, device = self.args, self.args.device
         model = self.accelerator.unwrap_model(self.model).eval()
-        inputs = self._prepare_inputs(self.data_collator([self.train_dataset[i] for i in range(rows)]))
+        items = [self.train_dataset[i] for i in range(min(rows, len(self.train_dataset)))]
+        inputs = self._prepare_inputs(self.data_collator(items))
         packed = PackedRows(inputs["row_ids"], inputs["input_ids"], inputs["doc_ids"])
         targets = self._targets(packed, inputs, self.teacher)
         settings = {**args.loss_settings, **self.loss_weights(self.state.global_step)}
@@ -317,6 +323,17 @@ class DistillationTrainer(CheckpointingTrainer):
         loss = dense_distillation_loss(logits, inputs["labels"], targets, **wanted)
         model.train()
         return loss
+
+    def _refuse_ruins(self) -> None:
+        finite = all(bool(torch.isfinite(p.detach()).all()) for p in self.model.parameters())
+        step = self.state.global_step
+        problem = None if finite else f"after step {step} the weights are not finite"
+        if (problem := self._first_of_any_rank(problem)) is not None:
+            raise DivergedError(
+                f"{problem}: the last update was too large, and nothing is saved over. training.learning_rate is "
+                f"{self.args.learning_rate:g}, warm-up {self.args.warmup_steps} steps; lower the rate or lengthen the "
+                "warm-up and run again: it continues from the newest checkpoint, or starts over with changed keys."
+            )
 
     def _took(self, seconds: float) -> None:
         self.metrics.skip(seconds)

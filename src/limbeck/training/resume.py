@@ -1,0 +1,106 @@
+"""Where a run's training begins: anew, at its own newest checkpoint, or at another run's or mode's on purpose.
+
+The one idea: everything that could be wrong with a start is found out before anything is touched; the start is
+then recorded with the inputs, in one atomic write, so that a kill at any moment leaves the same start to the
+next run.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from limbeck.config import Recipe
+from limbeck.console import say
+from limbeck.errors import ConfigError
+from limbeck.storage import INPUTS, MANIFEST, StageFolder, atomic_write_text, read_json, write_json
+from limbeck.training.checkpoints import (
+    PROGRESS,
+    checkpoint_step,
+    forget_after,
+    newest,
+    remove_partial,
+    resolve_resume,
+    steps,
+)
+
+_STARTED = "started_from"
+
+
+def begin(stage: StageFolder, recipe: Recipe, force: bool, groups: list[str]) -> tuple[Path | None, str | None]:
+    """Start or continue a training folder; rank 0 alone.
+
+    Args:
+        stage: the folder and its inputs.
+        recipe: whose `training.resume_from` and `training.resume` are followed.
+        force: start over.
+        groups: names of this run's optimizer groups.
+
+    Returns:
+        the checkpoint to resume from, if any, and what changed against the folder's earlier inputs.
+
+    Raises:
+        ConfigError: the checkpoint's optimizer has other groups.
+        LimbeckError: there is no such checkpoint, or the folder was made from other inputs.
+    """
+    wanted, changed = recipe.training.resume_from, None
+    if wanted is not None and not force and _starts_elsewhere(stage):
+        found = resolve_resume(wanted)
+        require_groups(found, groups)
+        if stage.recorded() is None:
+            stage.begin()
+        elif stage.recorded() != stage.fingerprint:
+            changed = stage.differences()
+            say(f"continuing {stage.path} with a change ({changed})")
+        inside = found.parent.resolve() == stage.path.resolve()
+        started = {"path": str(found.resolve()), "step": checkpoint_step(found), "inside": inside}
+        (stage.path / MANIFEST).unlink(missing_ok=True)
+        write_json(stage.path / INPUTS, {"fingerprint": stage.fingerprint, "inputs": stage.inputs, _STARTED: started})
+    else:
+        stage.begin(replace=force)
+    remove_partial(stage.path)
+    text = yaml.safe_dump(json.loads(recipe.model_dump_json()), sort_keys=False)
+    atomic_write_text(stage.path / "recipe.yaml", text)
+    return _checkpoint(stage, recipe), changed
+
+
+def _record(stage: StageFolder) -> dict[str, Any] | None:
+    path = stage.path / INPUTS
+    found: dict[str, Any] | None = read_json(path).get(_STARTED) if path.exists() else None
+    return found
+
+
+def _starts_elsewhere(stage: StageFolder) -> bool:
+    """True until the start that `resume_from` names has been recorded."""
+    if stage.recorded() != stage.fingerprint:
+        return True
+    return _record(stage) is None and not steps(stage.path)
+
+
+def _checkpoint(stage: StageFolder, recipe: Recipe) -> Path | None:
+    folder, started = stage.path, _record(stage)
+    if started is not None and started["inside"]:
+        forget_after(folder, started["step"], stage.fingerprint)
+    if not recipe.training.resume and started is None:
+        forget_after(folder, -1)
+        return None
+    found = newest(folder)
+    if found is None and started is not None:
+        found = resolve_resume(Path(started["path"]))
+    return found
+
+
+def require_groups(checkpoint: Path, groups: list[str]) -> None:
+    """Refuse a checkpoint whose optimizer can not go on with these groups.
+
+    Raises:
+        ConfigError: names both.
+    """
+    path = checkpoint / PROGRESS
+    saved = read_json(path).get("groups") if path.is_file() else None
+    if saved is not None and saved != groups:
+        raise ConfigError(
+            f"{checkpoint} was saved with the optimizer groups {saved} and this run has {groups}. Resume with the same "
+            f"optimizer and parameter_lr_multipliers, or start from its weights alone with student.model: {checkpoint}."
+        )
