@@ -35,8 +35,7 @@ def sample_targets(
     if head + draws > vocab_size:
         raise ConfigError(f"head {head} + draws {draws} exceed the vocabulary of {vocab_size} ids.")
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    log_z1 = torch.logsumexp(logits, dim=-1, keepdim=True)
-    log_z = log_normalisers(logits, log_z1, temperatures)
+    log_z1, log_z = log_normalisers(logits, temperatures)
     probabilities = torch.softmax(logits / temperature, dim=-1)
     head_ids = torch.topk(logits, head, dim=-1).indices
     head_p = probabilities.gather(-1, head_ids)

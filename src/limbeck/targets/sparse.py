@@ -94,12 +94,12 @@ class SparseTargets:
         if top_k is not None and top_k > vocab_size:
             raise ConfigError(f"K is {top_k} and the vocabulary has {vocab_size} ids; K must not exceed it")
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        log_z1 = torch.logsumexp(logits, dim=-1, keepdim=True)
+        log_z1, log_z = log_normalisers(logits, temperatures)
         values, ids = torch.topk(logits, top_k or vocab_size, dim=-1)
         return cls(
             token_ids=torch.where(values == -math.inf, PAD_ID, ids).int(),
             logprobs=values - log_z1,
-            log_z=log_normalisers(logits, log_z1, temperatures),
+            log_z=log_z,
             temperatures=tuple(temperatures),
             vocab_size=vocab_size,
         )
@@ -201,16 +201,28 @@ class SparseTargets:
         return SparseTargets(**{**self.__dict__, **changes})
 
 
-def log_normalisers(logits: torch.Tensor, log_z1: torch.Tensor, temperatures: Sequence[float]) -> torch.Tensor:
-    """log Z_tau = logsumexp_v(l_v / tau) `[..., n_tau]` of `[..., V]` logits, l = logits - log_z1."""
-    columns = []
-    for temperature in temperatures:
-        if temperature == 1.0:
-            columns.append(torch.zeros_like(log_z1.squeeze(-1)))
+def log_normalisers(logits: torch.Tensor, temperatures: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normalisers of `[..., V]` logits, in as few passes over them as can be.
+
+    Returns:
+        log Z_1 of the logits `[..., 1]`, and `[..., n_tau]` log Z_tau = logsumexp_v(l_v / tau) of l = logits − log Z_1.
+    """
+    top = logits.amax(dim=-1, keepdim=True)
+    top = torch.where(top > -math.inf, top, 0.0)
+    wanted = sorted({1.0, *temperatures}, reverse=True)
+    sums: dict[float, torch.Tensor] = {}
+    buffer, held = torch.empty_like(logits), 0.0
+    for temperature in wanted:
+        if held == 2.0 * temperature:  # exp(z/τ) = exp(z/2τ)²: the next exponentials are a product away
+            buffer.mul_(buffer)
         else:
-            tempered = torch.logsumexp(logits / temperature, dim=-1)
-            columns.append(tempered - log_z1.squeeze(-1) / temperature)
-    return torch.stack(columns, dim=-1)
+            torch.sub(logits, top, out=buffer)
+            (buffer if temperature == 1.0 else buffer.mul_(1.0 / temperature)).exp_()
+        held = temperature
+        sums[temperature] = buffer.sum(dim=-1, keepdim=True).log()
+    log_z1 = top + sums[1.0]
+    columns = [sums[temperature] - sums[1.0] / temperature for temperature in temperatures]
+    return log_z1, torch.cat(columns, dim=-1)
 
 
 def concatenate(parts: Sequence[SparseTargets]) -> SparseTargets:

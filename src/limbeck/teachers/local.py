@@ -17,7 +17,10 @@ from limbeck.models import embedded_vocab_size, head_replaced, verified_transfor
 from limbeck.targets.sampling import sample_targets
 from limbeck.targets.sparse import SparseTargets, concatenate
 
-_CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}  # logits at once: on a CPU, what stays in cache
+#: Logits projected at once: enough rows that the head's weights are not read over and over …
+_CHUNK_BYTES = {"cpu": 160 << 20, "cuda": 512 << 20}
+#: … and logits reduced at once: on a CPU, what stays in cache.
+_BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
 
 
 class LocalTeacher:
@@ -111,14 +114,17 @@ class LocalTeacher:
         rows, length, width = hidden.shape
         if self._sampling is not None:  # the draws of a row depend on its number alone, not on its batch
             return concatenate([self._sampled(self._logits(hidden[i], head), int(row_ids[i])) for i in range(rows)])
-        flat = hidden.reshape(-1, width)
-        step = max(1, _CHUNK_BYTES.get(hidden.device.type, 512 << 20) // (4 * self.vocab_size))
-        return concatenate(
-            [
-                SparseTargets.from_logits(self._logits(flat[i : i + step], head), self._top_k, self.temperatures)
-                for i in range(0, rows * length, step)
+        flat, kind = hidden.reshape(-1, width), hidden.device.type
+        chunk = min(_rows(_CHUNK_BYTES, kind, self.vocab_size), 512 if kind == "cpu" else rows * length)
+        block = _rows(_BLOCK_BYTES, kind, self.vocab_size)
+        parts = []
+        for start in range(0, rows * length, chunk):
+            logits = self._logits(flat[start : start + chunk], head)
+            parts += [
+                SparseTargets.from_logits(logits[i : i + block], self._top_k, self.temperatures)
+                for i in range(0, len(logits), block)
             ]
-        )
+        return concatenate(parts)
 
     def _logits(self, hidden: torch.Tensor, head: Any) -> torch.Tensor:
         logits: torch.Tensor = self._transform(torch.nn.functional.linear(hidden, head.weight, head.bias).float())
@@ -131,3 +137,8 @@ class LocalTeacher:
         return sample_targets(
             logits, sampling.head, sampling.draws, self.temperatures, self._sampling_temperature, generator
         )
+
+
+def _rows(budget: dict[str, int], kind: str, vocab_size: int) -> int:
+    """Rows of float32 logits that fit a budget of bytes, at least one."""
+    return max(1, budget.get(kind, budget["cuda"]) // (4 * vocab_size))
