@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: quickstart test test-all lint bench clean
+.PHONY: quickstart test test-all verify lint bench clean
 
 quickstart: $(VENV)/.core
 	$(BIN)/limbeck run recipes/quickstart.yaml
@@ -23,9 +23,12 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+verify: $(VENV)/.verify
+	$(BIN)/python -m pytest tests/e2e/test_llama_cpp.py -m slow
+
 bench: $(VENV)/.bench
 	mkdir -p benchmarks/results
-	for name in loss cache pack train; do \
+	for name in loss cache pack train ternary; do \
 		$(BIN)/python benchmarks/$$name.py --json > benchmarks/results/$$name.json || exit 1; \
 		cat benchmarks/results/$$name.json; \
 	done
@@ -46,6 +49,10 @@ $(VENV)/.dev: $(VENV)/.venv pyproject.toml constraints.txt
 
 $(VENV)/.bench: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
+	touch $@
+
+$(VENV)/.verify: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[verify]"
 	touch $@
 
 clean:

@@ -119,7 +119,7 @@ def packed(recipe):
 def limbeck(*arguments, check: bool = True, **kwargs) -> subprocess.CompletedProcess:
     """Run the command line in a process of its own."""
     command = [sys.executable, "-m", "limbeck", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
+    done = subprocess.run(command, capture_output=True, text=True, **{"timeout": 300, **kwargs})
     if check:
         assert done.returncode == 0, done.stderr
     return done

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from conftest import limbeck
 from limbeck.config import Recipe
 from limbeck.errors import ConfigError, LimbeckError
-from limbeck.models import build_student
 from limbeck.pipeline import build_nodes, run_pipeline
 from limbeck.recipe import load_recipe
+from limbeck.students.build import build_student
 from limbeck.training.trainer import DistillationTrainer
 from test_trainer import with_changes
 

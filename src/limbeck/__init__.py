@@ -7,6 +7,8 @@ does not pay for torch and transformers.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from limbeck.registration import register
+
 if TYPE_CHECKING:
     from limbeck.losses.fused import fused_distillation_loss
     from limbeck.targets.sparse import SparseTargets
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from limbeck.training.trainer import DistillationTrainer
 
 __version__ = "0.1.0"
+
+register()  # transformers then loads our ternary checkpoints
 
 _EXPORTS = {
     "SparseTargets": "limbeck.targets.sparse",

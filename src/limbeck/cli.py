@@ -27,6 +27,7 @@ class _Subcommand:
     switches: tuple[str, ...] = ()
     aliases: dict[str, str] = field(default_factory=dict)
     needs_recipe: bool = False
+    positional: str = ""  # the key that a bare first word sets, where it is no recipe
 
 
 _SUBCOMMANDS: dict[str, _Subcommand] = {
@@ -71,6 +72,28 @@ _SUBCOMMANDS: dict[str, _Subcommand] = {
             "temperature": "generation.temperature",
             "top-k": "generation.top_k",
         },
+    ),
+    "export": _Subcommand(
+        "export",
+        "write a finished student for other programs: GGUF, or packed safetensors",
+        ("verify",),
+        {
+            "input": "export.input",
+            "output": "export.output",
+            "format": "export.format",
+            "type": "export.type",
+            "embedding": "export.embedding",
+            "rest": "export.rest",
+            "group-size": "export.group_size",
+        },
+        positional="export.input",
+    ),
+    "inspect": _Subcommand(
+        "inspect",
+        "list a GGUF file's tensors, types, sizes and bits a weight",
+        (),
+        {"input": "export.input"},
+        positional="export.input",
     ),
     "config schema": _Subcommand("config_schema", "print the JSON schema of recipes"),
     "config show": _Subcommand("config_show", "print the resolved recipe"),
@@ -170,7 +193,11 @@ def _split(name: str, sub: _Subcommand, words: list[str]) -> tuple[Path | None, 
     flags: list[str] = []
     remaining = list(words)
     if remaining and not remaining[0].startswith("-"):
-        path = Path(remaining.pop(0))
+        word = remaining.pop(0)
+        if sub.positional:
+            flags += [f"--{sub.positional}", word]
+        else:
+            path = Path(word)
     while remaining:
         word = remaining.pop(0)
         if word == "--config" or word.startswith("--config="):

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from limbeck.config import Recipe
+from limbeck.errors import ConfigError
 from limbeck.pipeline import RunReport, plan, run_pipeline
 from limbeck.recipe import keys
 
@@ -21,6 +22,7 @@ class Options:
     dry_run: bool = False
     force: bool = False
     skip_existing: bool = False
+    verify: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ def _pipeline(recipe: Recipe, last: str | None, options: Options) -> Result:
         data["evaluation"] = report.evaluation
     if report.sample is not None:
         data["sample"] = report.sample
+    if report.sizes:
+        data["sizes"] = report.sizes
     folder = {"pack": recipe.packed_dir, "cache": recipe.cache_dir, "train": recipe.student_dir}.get(last or "")
     if folder is not None:
         data["output"] = str(folder)
@@ -82,6 +86,10 @@ def _report_text(report: RunReport, folder: Path) -> str:
     parts = ["  ".join(f"{stage.name} {stage.state} {stage.seconds:.1f}s" for stage in report.stages)]
     if report.evaluation:
         parts.append(_table_text(report.evaluation))
+    if report.sizes:
+        names = {"checkpoint_mb": "checkpoint", "packed_mb": "packed", "gguf_mb": f"GGUF ({report.sizes.get('type')})"}
+        steps = [f"{label} {report.sizes[key]:.2f} MB" for key, label in names.items() if key in report.sizes]
+        parts.append("student: " + " → ".join(steps))
     if report.sample is not None:
         parts.append(f"sample:\n{report.sample}")
     parts.append(f"results in {folder}")
@@ -121,6 +129,24 @@ def generate(recipe: Recipe, options: Options) -> Result:
     folder = recipe.generation.model or student_folder(recipe.student_dir)
     text = write(recipe, str(folder))
     return Result({"model": str(folder), "prompt": recipe.generation.prompt, "text": text}, text)
+
+
+def export(recipe: Recipe, options: Options) -> Result:
+    """Write a finished student for other programs."""
+    from limbeck.export.run import export_student
+
+    data = export_student(recipe, verify=options.verify)
+    return Result(data, "\n".join(f"{key:<24} {value}" for key, value in data.items()))
+
+
+def inspect(recipe: Recipe, options: Options) -> Result:
+    """List what a GGUF file holds."""
+    from limbeck.export.inspect import describe, inspect_gguf
+
+    if recipe.export.input is None:
+        raise ConfigError("limbeck inspect needs a file: `limbeck inspect model.gguf`.")
+    found = inspect_gguf(recipe.export.input)
+    return Result(found, describe(found))
 
 
 def config_schema(recipe: Recipe, options: Options) -> Result:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from limbeck.config import StudentConfig
 from limbeck.errors import ConfigError, LimbeckError
 from limbeck.storage import fingerprint, sha256_file_cached
 
@@ -92,59 +91,6 @@ def bfloat16_is_fast(device: str) -> bool:
 def choose_dtype(wanted: str, device: str) -> str:
     """The dtype to load a frozen model in: `auto` avoids bfloat16 where it would be emulated."""
     return "float32" if wanted == "auto" and not bfloat16_is_fast(device) else wanted
-
-
-def build_student(config: StudentConfig, vocab_size: int, seed: int, special_ids: dict[str, int]) -> Any:
-    """The student in float32: pretrained weights, or a new model of `student.config`.
-
-    A new model takes the tokenizer's size when `vocab_size` is not given and its special ids.
-
-    Raises:
-        ConfigError: neither weights nor an architecture are named, or the vocabulary is smaller than the tokenizer's.
-    """
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModelForCausalLM, set_seed
-
-    set_seed(seed)
-    if config.model is not None:
-        student = load_causal_lm(
-            config.model,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            dtype="float32",
-            **config.config,
-        )
-    elif config.config:
-        keys = {"vocab_size": vocab_size, **special_ids, **config.config}
-        try:
-            _refuse_unknown_keys(config.config)
-            student = AutoModelForCausalLM.from_config(AutoConfig.for_model(**keys))
-        except (ValueError, TypeError, ZeroDivisionError, StrictDataclassError) as error:
-            raise ConfigError(f"student.config does not describe a causal LM: {error}") from error
-    else:
-        raise ConfigError("no student: set student.model to pretrained weights or student.config to an architecture.")
-    if student.config.vocab_size < vocab_size:
-        raise ConfigError(
-            f"the student's vocab_size is {student.config.vocab_size} and the tokenizer has {vocab_size} ids. "
-            "Raise student.config.vocab_size to at least that."
-        )
-    return student
-
-
-def _refuse_unknown_keys(config: dict[str, Any]) -> None:
-    """A misspelt size would silently fall back to the architecture's default, often thousands wide."""
-    from difflib import get_close_matches
-
-    from transformers import AutoConfig
-
-    default = AutoConfig.for_model(config["model_type"])
-    # Other spellings (attribute_map) are keys too, and many models read a head_dim that their config does not list.
-    known = {"model_type", "rope_theta", "rope_scaling", "head_dim", *default.attribute_map, *default.to_dict()}
-    for key in config:
-        if key not in known:
-            near = get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"student.config has no key {key!r} for model_type {config['model_type']}{hint}")
 
 
 def embedded_vocab_size(model: Any) -> int:

@@ -29,6 +29,7 @@ from limbeck.storage import (
     folder_lock,
     read_json,
     read_manifest,
+    write_json,
     write_manifest,
 )
 
@@ -81,6 +82,7 @@ class RunReport:
     stages: list[StageReport] = field(default_factory=list)
     evaluation: dict[str, Any] = field(default_factory=dict)
     sample: str | None = None
+    sizes: dict[str, Any] = field(default_factory=dict)
 
 
 def build_nodes(recipe: Recipe) -> list[Node]:
@@ -105,6 +107,8 @@ def build_nodes(recipe: Recipe) -> list[Node]:
     nodes.append(_evaluate_node(recipe, students, ("pack", *trained)))
     if recipe.pipeline.generate:
         nodes.append(_generate_node(recipe))
+    if recipe.pipeline.export:
+        nodes.append(_export_node(recipe))
     return nodes
 
 
@@ -225,6 +229,35 @@ def _generate_node(recipe: Recipe) -> Node:
     return Node("generate", recipe.root / "sample", inputs, make, ("train",), _aside(recipe))
 
 
+def _export_node(recipe: Recipe) -> Node:
+    section = recipe.export
+
+    def inputs() -> dict[str, Any]:
+        return {
+            "student": read_manifest(recipe.student_dir, "train")["weights"],
+            "formats": recipe.pipeline.export,
+            "settings": section.model_dump(mode="json", exclude={"input", "output", "verify_tokens"}),
+        }
+
+    def make(stage: StageFolder, force: bool) -> None:
+        from limbeck.export.run import export_student
+
+        stage.begin(replace=force)
+        sizes: dict[str, Any] = {}
+        for kind in recipe.pipeline.export:
+            output = stage.path / ("packed" if kind == "packed" else f"{recipe.name}.gguf")
+            changes = {"input": recipe.student_dir, "output": output, "format": kind}
+            own = recipe.model_copy(update={"export": section.model_copy(update=changes)})
+            sizes.update(export_student(own, verify=True))
+        write_json(stage.path / "sizes.json", {key: sizes[key] for key in _SIZES if key in sizes})
+        write_manifest(stage.path, {"kind": "export", "fingerprint": stage.fingerprint})
+
+    return Node("export", recipe.root / "export", inputs, make, ("train",), _aside(recipe))
+
+
+_SIZES = ("checkpoint_mb", "packed_mb", "gguf_mb", "type", "weights_equal")
+
+
 def select(nodes: Sequence[Node], last: str | None) -> list[Node]:
     """The nodes that `last` needs, itself included; all of them when it is None.
 
@@ -292,6 +325,8 @@ def run_pipeline(
             report.evaluation = read_json(node.folder / "results.json")
         if node.name == "generate":
             report.sample = (node.folder / "sample.txt").read_text(encoding="utf-8")
+        if node.name == "export":
+            report.sizes = read_json(node.folder / "sizes.json")
     return report
 
 

@@ -10,9 +10,10 @@ from limbeck.config.data import (
     SamplingConfig,
     StudentConfig,
     TeacherConfig,
+    TernaryConfig,
     TokenizerConfig,
 )
-from limbeck.config.recipe import EvaluationConfig, GenerationConfig, PipelineConfig, Recipe
+from limbeck.config.recipe import EvaluationConfig, ExportConfig, GenerationConfig, PipelineConfig, Recipe
 from limbeck.config.training import (
     LossConfig,
     LRMultiplier,
@@ -26,6 +27,7 @@ from limbeck.config.training import (
 __all__ = [
     "DatasetConfig",
     "EvaluationConfig",
+    "ExportConfig",
     "GenerationConfig",
     "LRMultiplier",
     "LossConfig",
@@ -39,6 +41,7 @@ __all__ = [
     "StagesConfig",
     "StudentConfig",
     "TeacherConfig",
+    "TernaryConfig",
     "TokenizerConfig",
     "TrainingConfig",
 ]

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from limbeck.config.base import Fraction, Positive, Section, Seed
+from limbeck.config.base import Count, Fraction, Positive, Section, Seed
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 
@@ -112,6 +112,26 @@ class TeacherConfig(Section):
         return self
 
 
+class TernaryConfig(Section):
+    """Which weights of the student are ternary in use, and how."""
+
+    preset: Literal["linears", "experts", "none"] = Field(
+        "linears", description="`linears`: all matrices between hidden states; `experts`: those of routed experts."
+    )
+    patterns: list[str] = Field(default_factory=list, description="Regular expressions of further weights.")
+    exclude: list[str] = Field(
+        default_factory=list, description="Regular expressions of weights that stay as they are."
+    )
+    group_size: PositiveInt | Literal["row", "tensor"] = Field(
+        128, description="Inputs that share a scale. 256 exports to TQ2_0 exactly, 128 to Q2_0 and Q4_0."
+    )
+    scale: Literal["absmean", "absmax"] = Field("absmean", description="What a group's scale is of its weights.")
+    activation_bits: Literal[8] | None = Field(8, description="int8 activations per token; null leaves them.")
+    warmup_steps: Count = Field(
+        0, description="Steps in which weights go from themselves to their ternary form; 0: ternary from the start."
+    )
+
+
 class StudentConfig(Section):
     """The model that is trained: pretrained, or built from a config."""
 
@@ -122,6 +142,7 @@ class StudentConfig(Section):
         default_factory=dict,
         description="A transformers config (with `model_type`) for a new model; over pretrained ones, keys to change.",
     )
+    ternary: TernaryConfig | None = Field(None, description="Ternary weights; default none.")
 
     @model_validator(mode="after")
     def _has_architecture(self) -> "StudentConfig":

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, PrivateAttr, ValidationError, model_validator
 
@@ -39,11 +39,31 @@ class GenerationConfig(Section):
     model: Path | None = Field(None, description="Folder of the model `limbeck generate` runs; default the student.")
 
 
+class ExportConfig(Section):
+    """What `limbeck export` writes, and from what."""
+
+    input: Path | None = Field(None, description="A run's folder, a student's or a model's; default the recipe's run.")
+    output: Path | None = Field(None, description="File (gguf) or folder (packed); default INPUT/export/.")
+    format: Literal["gguf", "packed"] = Field("gguf", description="For llama.cpp, or for transformers with limbeck.")
+    type: Literal["auto", "tq2_0", "tq1_0", "q2_0", "q4_0", "f16"] = Field(
+        "auto", description="GGUF type of ternary weights; `auto`: the smallest that holds their groups exactly."
+    )
+    embedding: Literal["q8_0", "f16"] = Field("q8_0", description="GGUF type of embedding and head.")
+    rest: Literal["bf16", "f16", "f32"] = Field("bf16", description="Precision of what is not ternary in `packed`.")
+    group_size: PositiveInt | None = Field(
+        None, description="Checked against the student's: groups are chosen in training, not in export."
+    )
+    verify_tokens: PositiveInt = Field(1000, description="Held-out tokens that --verify runs through llama.cpp.")
+
+
 class PipelineConfig(Section):
     """What `limbeck run` does beside the stages that the recipe's sections ask for."""
 
     ce_baseline: bool = Field(False, description="Also train the same student with CE alone, for comparison.")
     generate: bool = Field(False, description="End with a generated sample.")
+    export: list[Literal["packed", "gguf"]] = Field(
+        default_factory=list, description="Formats to export the student to, with `export.type` and the like."
+    )
 
 
 class Recipe(Section):
@@ -66,6 +86,7 @@ class Recipe(Section):
     stages: StagesConfig = Field(default_factory=StagesConfig, description="Training in stages.")
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="Held-out scores.")
     generation: GenerationConfig = Field(default_factory=GenerationConfig, description="Generated sample.")
+    export: ExportConfig = Field(default_factory=ExportConfig, description="Export.")
     pipeline: PipelineConfig = Field(default_factory=PipelineConfig, description="Extent of `limbeck run`.")
 
     _suffix: str = PrivateAttr("")  # of the data and cache folders of a stage with a dataset of its own
@@ -165,6 +186,8 @@ class Recipe(Section):
             recipe._suffix = folders.setdefault(recipe.dataset.model_dump_json(), f"-{stage.stage_name}")
             if recipe._suffix:
                 recipe.teacher.cache_dir = None  # the named folder is for the recipe's own rows
+            if recipe.student.ternary is not None and stage is not self.stages.configs[0]:
+                recipe.student.ternary.warmup_steps = 0  # the first stage has made the weights ternary
             yield stage, recipe
 
     def stage_recipe(self, stage: Stage) -> "Recipe":

@@ -35,6 +35,7 @@ class DistillationArguments(TrainingArguments):
         parameter_lr_multipliers: (regex, factor) pairs, first match wins, factor 0 freezes.
         decay_ratio, decay_type, min_lr_ratio: shape of `warmup_stable_decay`, and where a decay ends.
         saddle: keys of the recipe's `saddle` section; default off.
+        ternary_warmup_steps: steps in which ternary weights go from themselves to their codes.
         dashboard: auto, on or off.
     """
 
@@ -59,6 +60,7 @@ class DistillationArguments(TrainingArguments):
     decay_type: str = field(default="linear")
     min_lr_ratio: float = field(default=0.0)
     saddle: dict[str, Any] = field(default_factory=dict)
+    ternary_warmup_steps: int = field(default=0)
     dashboard: str = field(default="off")
 
     def __post_init__(self) -> None:
@@ -155,5 +157,6 @@ def arguments_from_recipe(recipe: Recipe, output_dir: Path) -> DistillationArgum
         decay_type=training.decay_type,
         min_lr_ratio=training.min_lr_ratio,
         saddle=recipe.saddle.model_dump(mode="json"),
+        ternary_warmup_steps=recipe.student.ternary.warmup_steps if recipe.student.ternary else 0,
         dashboard=training.dashboard,
     )

@@ -25,11 +25,12 @@ from limbeck.config import Recipe
 from limbeck.console import say, warn
 from limbeck.data.dataset import PackedDataset
 from limbeck.data.tokenizer import LoadedTokenizer, recipe_tokenizer
-from limbeck.errors import LimbeckError
-from limbeck.models import build_student, embedded_vocab_size, model_identity, require_packing
+from limbeck.errors import ConfigError, LimbeckError
+from limbeck.models import embedded_vocab_size, model_identity, require_packing
 from limbeck.optim.groups import build_groups, describe_groups
 from limbeck.optim.schedules import schedule_arguments
 from limbeck.storage import StageFolder, commit_folder, read_json_lines, read_manifest, sha256_file, write_manifest
+from limbeck.students.build import build_student
 from limbeck.teachers.base import Teacher
 from limbeck.teachers.choose import open_teacher, teacher_inputs
 from limbeck.training.advice import advise
@@ -57,6 +58,7 @@ def train_inputs(recipe: Recipe, rows: PackedDataset, start: str | None = None) 
         "packed": rows.fingerprint,
         "attention": recipe.dataset.attention,
         "student": recipe.student.config,
+        "ternary": recipe.student.ternary.model_dump(mode="json") if recipe.student.ternary else None,
         "start": start
         or (model_identity(recipe.student.model, recipe.student.revision) if recipe.student.model else None),
         "training": training,
@@ -123,6 +125,12 @@ def check_plan(recipe: Recipe, student: Any, rows: PackedDataset) -> list[str]:
     batches = math.ceil(len(rows) / (training.per_device_train_batch_size * ranks.world_size()))
     updates = max(1, math.ceil(batches / training.gradient_accumulation_steps))
     total = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * updates)
+    warmup = recipe.student.ternary.warmup_steps if recipe.student.ternary else 0
+    if warmup > total:
+        raise ConfigError(
+            f"student.ternary.warmup_steps is {warmup} and the run has {total} steps: its weights would never be "
+            "wholly ternary. Train longer, or shorten the warm-up."
+        )
     schedule_arguments(
         training.lr_scheduler_type,
         total,

@@ -41,6 +41,7 @@ from limbeck.training.guard import DivergedError, StepGuard
 from limbeck.training.head import LossRequest, attach_fused_loss
 from limbeck.training.metrics import StepMetrics
 from limbeck.training.saddle import SaddleCallback
+from limbeck.training.ternarisation import TernaryWatch
 
 _AFTER_ALL_RAMPS = 1 << 60
 
@@ -109,6 +110,9 @@ class DistillationTrainer(CheckpointingTrainer):
         self._panel = Dashboard() if panel else None
         if self._panel is not None:
             self.add_callback(self._panel)
+        self.ternary = TernaryWatch(model, args.ternary_warmup_steps) if hasattr(model, "ternary_state") else None
+        if self.ternary is not None:
+            self.add_callback(self.ternary)
         saddle = SaddleConfig.model_validate(args.saddle)
         self.saddle = SaddleCallback(self, saddle) if saddle.enabled else None
         if self.saddle is not None:
@@ -192,6 +196,8 @@ class DistillationTrainer(CheckpointingTrainer):
             by_loader = distils and self.teacher is not None and self.teacher.in_workers
             logs.update(self.metrics.drain(self._sum_over_ranks, distils=distils, targets_by_loader=by_loader))
             logs.update({f"lr/{name}": rate for name, rate in self._rates.items()})
+            if self.ternary is not None and not self.is_fsdp_enabled:
+                logs.update(self.ternary.measure())
             if self.saddle is not None:
                 logs["lr_boost"] = self.saddle.factor
             if distils:
@@ -222,6 +228,8 @@ class DistillationTrainer(CheckpointingTrainer):
         if dataset is None:
             raise ConfigError("evaluation was asked for and there is no eval_dataset; give one, or unset eval_steps.")
         clock, seen = time.perf_counter(), StepMetrics()
+        if self.ternary is not None:
+            self.ternary.state.mix = 1.0  # what a checkpoint holds
         model = self.model_wrapped if self.model_wrapped is not None else self.model
         model.eval()
         size, world = self.args.per_device_eval_batch_size, self.args.world_size

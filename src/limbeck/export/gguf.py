@@ -1,0 +1,190 @@
+"""GGUF files that stock llama.cpp runs: ternary weights as exactly the codes and scales of training.
+
+The one idea: what a tensor becomes is planned first, from names and shapes alone, so that anything the format
+can not hold is refused before a byte is written; then tensors are read, packed and written one at a time.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from limbeck.console import progress
+from limbeck.errors import LimbeckError
+from limbeck.export.blocks import BLOCK_TYPES, Array, BlockType, encode
+from limbeck.export.disk import DiskTensors
+from limbeck.export.layout import Target, add_hyperparameters, architecture, targets
+from limbeck.export.vocabulary import add_vocabulary
+from limbeck.registration import METHOD
+from limbeck.storage import commit_file
+from limbeck.students.ternary import TernaryTensor, group_width, quantise
+
+_FILE_TYPES = {"tq2_0": 37, "tq1_0": 36, "q2_0": 41, "q4_0": 2, "f16": 1}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One tensor of the file: from which runtime tensor, as which type, in which shape."""
+
+    source: str
+    target: Target
+    kind: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class GGUFExport:
+    """A model folder on its way to GGUF.
+
+    Args:
+        folder: a model with config, weights and tokenizer.
+        kind: auto, tq2_0, tq1_0, q2_0, q4_0 or f16; `auto` is the smallest that holds every group exactly.
+        embedding: q8_0 or f16, for the embedding and the head.
+
+    Raises:
+        LimbeckError: the architecture, the tokenizer or a tensor can not be expressed; says which and why.
+    """
+
+    folder: Path
+    kind: str = "auto"
+    embedding: str = "q8_0"
+
+    @property
+    def config(self) -> Any:
+        """The model's transformers config."""
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(self.folder)
+
+    @property
+    def ternary(self) -> dict[str, Any]:
+        """The config's `quantization_config` when it is ours, else empty."""
+        settings = getattr(self.config, "quantization_config", None) or {}
+        settings = settings if isinstance(settings, dict) else settings.to_dict()
+        return settings if settings.get("quant_method") == METHOD else {}
+
+    def quantised(self, name: str, tensors: DiskTensors) -> TernaryTensor:
+        """Codes and scales of a ternary weight, as its training used them."""
+        return quantise(tensors.get(name), self.ternary["group_size"], self.ternary["scale"])
+
+    def choose(self, tensors: DiskTensors) -> str:
+        """The type of the ternary weights."""
+        names = self.ternary.get("weights", [])
+        if not names:
+            if self.kind not in ("auto", "f16"):
+                raise LimbeckError(
+                    f"{self.folder} has no ternary weights and --type is {self.kind}. Train it with student.ternary, "
+                    "or export it with --type f16."
+                )
+            return "f16"
+        if self.kind == "f16":
+            return "f16"
+        wanted = ["tq2_0", "q2_0", "q4_0"] if self.kind == "auto" else [self.kind]
+        reasons: dict[str, str] = {}
+        for kind in wanted:
+            for name in names:
+                columns = tensors.shape(name)[-1]
+                reason = BLOCK_TYPES[kind].fits(columns, group_width(columns, self.ternary["group_size"]))
+                if reason is not None:
+                    reasons[kind] = f"{name}: {reason}"
+                    break
+            else:
+                return kind
+        raise LimbeckError(
+            "no type holds every ternary weight exactly: "
+            + "; ".join(f"{kind}: {reason}" for kind, reason in reasons.items())
+            + ". Choose another --type, or train with a student.ternary.group_size and widths that divide."
+        )
+
+    def plan(self, tensors: DiskTensors) -> list[Planned]:
+        """Every tensor of the file, in order."""
+        config, chosen = self.config, self.choose(tensors)
+        ternary = set(self.ternary.get("weights", []))
+        planned = []
+        for name in tensors.names():
+            shape = tensors.shape(name)
+            for target in targets(config, name):
+                probe = torch.empty(shape, device="meta")
+                final = tuple((target.change or target.rows)(probe).shape)
+                planned.append(Planned(name, target, self._type(name, final, name in ternary, chosen), final))
+        return planned
+
+    def _type(self, name: str, shape: tuple[int, ...], ternary: bool, chosen: str) -> str:
+        if ternary:
+            return chosen
+        if "embed_tokens" in name or name.startswith("lm_head"):
+            return self.embedding if shape[-1] % 32 == 0 else "f16"
+        small = len(shape) < 2 or ".gate.weight" in name or "conv1d" in name or "shared_expert_gate" in name
+        return "f32" if small else "f16"
+
+    def data(self, planned: Planned, tensors: DiskTensors) -> Array:
+        """A planned tensor's bytes, as they go into the file."""
+        if planned.kind in BLOCK_TYPES:
+            whole = self.quantised(planned.source, tensors)
+            part = TernaryTensor(planned.target.rows(whole.codes), planned.target.rows(whole.scales))
+            return encode(part, BLOCK_TYPES[planned.kind])
+        return plain_bytes(self.values(planned, tensors), planned.kind)
+
+    def values(self, planned: Planned, tensors: DiskTensors) -> torch.Tensor:
+        """A planned tensor's values in float32, before they are stored."""
+        if planned.source in self.ternary.get("weights", []):
+            weight = self.quantised(planned.source, tensors).dequantise()
+        else:
+            weight = tensors.get(planned.source).float()
+        return planned.target.change(weight) if planned.target.change else planned.target.rows(weight)
+
+    def write(self, path: Path) -> dict[str, Any]:
+        """Write the file, whole or not at all; returns its type and bytes."""
+        import gguf
+
+        tensors = DiskTensors(self.folder)
+        arch, planned = architecture(self.config), self.plan(tensors)
+        chosen = self.choose(tensors)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.tmp")
+        writer = gguf.GGUFWriter(partial, arch)
+        try:
+            writer.add_name(self.folder.resolve().parent.name if self.folder.name == "final" else self.folder.name)
+            writer.add_file_type(_FILE_TYPES[chosen])
+            writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+            add_hyperparameters(writer, self.config)
+            add_vocabulary(writer, self.folder, self.config.vocab_size)
+            for entry in planned:
+                raw, size = _storage(entry.kind, entry.shape)
+                number: Any = raw  # q2_0 is newer than the package's list of types
+                writer.add_tensor_info(entry.target.name, entry.shape, np.dtype(np.float32), size, raw_dtype=number)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            with progress("writing tensors", len(planned)) as bar:
+                for entry in planned:
+                    writer.write_tensor_data(self.data(entry, tensors))
+                    bar.advance()
+            writer.close()
+            commit_file(partial, path)
+        except BaseException:
+            writer.close()
+            partial.unlink(missing_ok=True)
+            raise
+        return {"type": chosen, "bytes": path.stat().st_size, "tensors": len(planned)}
+
+
+def _storage(kind: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """GGUF's number of a type, and the bytes of a tensor."""
+    count = int(np.prod(shape))
+    if kind in BLOCK_TYPES:
+        block: BlockType = BLOCK_TYPES[kind]
+        return block.number, count // block.columns * block.bytes
+    return {"f32": (0, 4 * count), "f16": (1, 2 * count), "q8_0": (8, count // 32 * 34)}[kind]
+
+
+def plain_bytes(values: torch.Tensor, kind: str) -> Array:
+    """Values as f32, f16 or q8_0."""
+    array: Array = values.contiguous().numpy()
+    if kind == "q8_0":
+        from gguf import GGMLQuantizationType, quants
+
+        return quants.quantize(array, GGMLQuantizationType.Q8_0)
+    return array.astype(np.float16 if kind == "f16" else np.float32)

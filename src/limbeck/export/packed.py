@@ -1,0 +1,73 @@
+"""Packed checkpoints: 2-bit codes and float16 scales in safetensors, loadable by `AutoModelForCausalLM`.
+
+The one idea: the folder is a transformers checkpoint whose `quantization_config` says `packed`; after
+`import limbeck`, `from_pretrained` makes modules that unpack in use, with exactly training's codes and scales.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from limbeck.export.source import Source
+from limbeck.storage import commit_folder, read_json, write_json
+from limbeck.students.quantizer import pack_codes
+
+_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+_NOT_COPIED = {"config.json", "model.safetensors.index.json", "manifest.json"}
+
+
+def export_packed(source: Source, target: Path, rest: str = "bf16") -> dict[str, Any]:
+    """Write the packed checkpoint; returns sizes in bytes and bits a ternary weight.
+
+    Args:
+        source: a ternary student.
+        target: folder to write; replaced as a whole.
+        rest: precision of everything that is not ternary: bf16, f16 or f32.
+    """
+    partial = target.with_name(f".{target.name}.tmp")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    tensors: dict[str, torch.Tensor] = {}
+    ternary_bytes = weights = 0
+    seen: dict[int, str] = {}
+    for name, tensor in source.tensors():
+        if name in source.ternary:
+            packed = source.quantised(name, tensor)
+            stem = name.removesuffix(".weight") + (".packed" if name.endswith(".weight") else "_packed")
+            tensors[f"{stem}.codes"], tensors[f"{stem}.scales"] = pack_codes(packed.codes), packed.scales.contiguous()
+            ternary_bytes += tensors[f"{stem}.codes"].nbytes + tensors[f"{stem}.scales"].nbytes
+            weights += tensor.numel()
+        elif tensor.data_ptr() not in seen or tensor.numel() == 0:  # a tied head is its embedding
+            seen[tensor.data_ptr()] = name
+            tensors[name] = tensor.to(_DTYPES[rest]) if tensor.is_floating_point() else tensor.clone()
+    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+    config = read_json(source.folder / "config.json")
+    config["quantization_config"]["format"] = "packed"
+    config["dtype"] = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}[rest]
+    write_json(partial / "config.json", config)
+    for path in source.folder.iterdir():
+        if path.suffix in (".json", ".jinja", ".txt", ".model") and path.name not in _NOT_COPIED:
+            shutil.copy2(path, partial / path.name)
+    commit_folder(partial, target)
+    total = sum(path.stat().st_size for path in target.glob("*.safetensors"))
+    return {"bytes": total, "bits_per_ternary_weight": 8.0 * ternary_bytes / max(weights, 1)}
+
+
+def verify_packed(source: Source, target: Path) -> bool:
+    """Load the packed checkpoint as its users do; True when every code and scale is training's."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(target, dtype="auto")
+    modules = dict(model.named_modules())
+    held = dict(source.model.named_parameters())
+    for name in source.ternary:
+        stem = name.removesuffix(".weight") + (".packed" if name.endswith(".weight") else "_packed")
+        wanted = source.quantised(name, held[name])
+        found: Any = modules[stem]
+        if not torch.equal(found.codes, pack_codes(wanted.codes)) or not torch.equal(found.scales, wanted.scales):
+            return False
+    return True

@@ -1,0 +1,94 @@
+"""`limbeck export`: from a run's folder to a file that other programs read, with proof if wanted."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from limbeck.config import Recipe
+from limbeck.console import say
+from limbeck.errors import ConfigError, LimbeckError
+from limbeck.export.source import Source, model_folder
+
+
+def export_student(recipe: Recipe, *, verify: bool = False) -> dict[str, Any]:
+    """Write what `recipe.export` asks for; returns paths, sizes and, with `verify`, the comparison.
+
+    Raises:
+        LimbeckError: there is no model, it can not be expressed in the format, or the file is not exactly it.
+    """
+    section = recipe.export
+    run = section.input or recipe.root
+    folder = model_folder(run)
+    _check_group(folder, section.group_size)
+    before = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    result = {"model": str(folder), "checkpoint_mb": before / 1e6}
+    if section.format == "packed":
+        return {**result, **_packed(recipe, run, folder, verify)}
+    return {**result, **_gguf(recipe, run, folder, verify)}
+
+
+def _default_output(run: Path, folder: Path, name: str) -> Path:
+    return (run if run != folder else folder.parent) / "export" / name
+
+
+def _check_group(folder: Path, wanted: int | None) -> None:
+    from limbeck.storage import read_json
+
+    settings = read_json(folder / "config.json").get("quantization_config") or {}
+    trained = settings.get("group_size")
+    if wanted is not None and wanted != trained:
+        raise ConfigError(
+            f"--group-size is {wanted} and the student was trained with groups of {trained}. Leave it out, or train "
+            "with student.ternary.group_size."
+        )
+
+
+def _packed(recipe: Recipe, run: Path, folder: Path, verify: bool) -> dict[str, Any]:
+    from limbeck.export.packed import export_packed, verify_packed
+
+    source = Source.open(folder)
+    if not source.ternary:
+        raise LimbeckError(f"{folder} has no ternary weights to pack. Train it with student.ternary.")
+    target = recipe.export.output or _default_output(run, folder, "packed")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    found = export_packed(source, target, recipe.export.rest)
+    say(f"packed checkpoint in {target}")
+    result = {
+        "output": str(target),
+        "packed_mb": found["bytes"] / 1e6,
+        "bits_per_ternary_weight": found["bits_per_ternary_weight"],
+    }
+    if verify:
+        result["weights_equal"] = verify_packed(source, target)
+        if not result["weights_equal"]:
+            raise LimbeckError(f"{target} does not hold the student's codes and scales exactly.")
+    return result
+
+
+def _gguf(recipe: Recipe, run: Path, folder: Path, verify: bool) -> dict[str, Any]:
+    from limbeck.export.gguf import GGUFExport
+    from limbeck.export.verify import compare_with_llama_cpp, held_out_rows, weights_equal
+
+    section = recipe.export
+    export = GGUFExport(folder, section.type, section.embedding)
+    target = section.output or _default_output(run, folder, f"{recipe.name}.gguf")
+    if target.suffix != ".gguf":
+        target = target / f"{recipe.name}.gguf"
+    found = export.write(target)
+    say(f"GGUF in {target}")
+    result: dict[str, Any] = {"output": str(target), "type": found["type"], "gguf_mb": found["bytes"] / 1e6}
+    if not verify:
+        return result
+    wrong = weights_equal(export, target)
+    result["weights_equal"] = not wrong
+    if wrong:
+        some = ", ".join(wrong[:3])
+        raise LimbeckError(f"{target} is not exactly the student: {len(wrong)} tensors differ ({some}).")
+    rows = held_out_rows(run, section.verify_tokens)
+    if rows is None:
+        say(f"no held-out rows beside {run} (a data/ folder), so nothing is run through llama.cpp")
+    elif find_spec("llama_cpp") is None:
+        say("llama-cpp-python is not installed (`pip install limbeck[verify]`), so nothing is run through llama.cpp")
+    else:
+        result.update(compare_with_llama_cpp(export, target, rows))
+    return result

@@ -1,0 +1,72 @@
+"""What is exported: the folder of a finished student, found from whatever folder of its run is named.
+
+The one idea: transformers itself loads the model, so names are its runtime names whatever the file's were, and
+codes and scales come from the shadow weights exactly as in training.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from limbeck.errors import LimbeckError
+from limbeck.models import load_causal_lm
+from limbeck.registration import METHOD
+from limbeck.storage import read_json
+from limbeck.students.ternary import TernaryTensor, quantise
+
+
+def model_folder(path: Path) -> Path:
+    """The model that a run's folder, a student's folder or a model's folder means.
+
+    Raises:
+        LimbeckError: there is no finished model there.
+    """
+    for folder in (path, path / "final", path / "student" / "final"):
+        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+            return folder
+    raise LimbeckError(
+        f"{path} holds no finished model (no config.json with .safetensors in it, in final/ or in student/final/). "
+        "Name a run's folder, its student/, or a model's folder; train it first with `limbeck train`."
+    )
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on disk, with what is ternary in it.
+
+    Attributes:
+        folder: where it lies.
+        model: loaded, in float32 on the CPU.
+        ternary: names of its ternary weights; none for a dense model.
+    """
+
+    folder: Path
+    model: Any
+    ternary: frozenset[str]
+
+    @classmethod
+    def open(cls, path: Path) -> "Source":
+        """Load the model of a run.
+
+        Raises:
+            LimbeckError: there is none, or it is packed already.
+        """
+        folder = model_folder(path)
+        settings = read_json(folder / "config.json").get("quantization_config") or {}
+        if settings.get("quant_method") == METHOD and settings.get("format") == "packed":
+            raise LimbeckError(f"{folder} is packed already; export from the training run's final/.")
+        model = load_causal_lm(str(folder), dtype="float32").eval()
+        named = settings.get("weights", []) if settings.get("quant_method") == METHOD else []
+        return cls(folder, model, frozenset(named))
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter and persistent buffer once, by its runtime name."""
+        yield from self.model.state_dict().items()
+
+    def quantised(self, name: str, weight: torch.Tensor) -> TernaryTensor:
+        """Codes and scales of a ternary weight: those of its training, never re-derived from s·code."""
+        state = self.model.ternary_state
+        return quantise(weight, state.group_size, state.scale)

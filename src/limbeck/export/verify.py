@@ -1,0 +1,87 @@
+"""Proof of an export: the file read back, and the same tokens through llama.cpp and through the student.
+
+The one idea: the file is decoded by the gguf package and run by llama.cpp, neither of which is ours; weights
+must be equal, and what a runtime computes with them is reported as KL, first choices and perplexity.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from limbeck.data.dataset import PackedDataset
+from limbeck.export.blocks import BLOCK_TYPES, Array, decode, teach_gguf_q2
+from limbeck.export.disk import DiskTensors
+from limbeck.export.gguf import GGUFExport, Planned, plain_bytes
+from limbeck.models import load_causal_lm
+
+
+def weights_equal(export: GGUFExport, path: Path) -> list[str]:
+    """Names of tensors in the file that are not exactly the student's; none when all is well.
+
+    A tensor is compared twice: its decoded values, and the bytes that hold codes and scales (an all-zero
+    group's scale shows in no value).
+    """
+    import gguf
+
+    teach_gguf_q2()
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    tensors = DiskTensors(export.folder)
+    planned = export.plan(tensors)
+    wrong = [name for name in stored if name not in {entry.target.name for entry in planned}]
+    for entry in planned:
+        found = stored.get(entry.target.name)
+        if found is None or not _same(entry, np.asarray(found.data), export, tensors):
+            wrong.append(entry.target.name)
+    return wrong
+
+
+def _same(entry: Planned, data: Array, export: GGUFExport, tensors: DiskTensors) -> bool:
+    values = export.values(entry, tensors)
+    if entry.kind in BLOCK_TYPES:
+        decoded = decode(data, BLOCK_TYPES[entry.kind], entry.shape[-1]).reshape(entry.shape)
+        return bool(np.array_equal(decoded, values.numpy())) and data.tobytes() == export.data(entry, tensors).tobytes()
+    return data.tobytes() == plain_bytes(values, entry.kind).tobytes()
+
+
+def held_out_rows(run: Path, count: int) -> torch.Tensor | None:
+    """At least `count` tokens of a run's validation rows, `[rows, T]`; None where there are none."""
+    for folder in (run / "data", run.parent / "data", run.parent.parent / "data"):
+        if (folder / "manifest.json").is_file():
+            rows = PackedDataset(folder, "validation")
+            length = rows.max_length
+            wanted = min(len(rows), -(-count // length))
+            return torch.stack([torch.as_tensor(rows[i]["input_ids"]) for i in range(wanted)]) if wanted else None
+    return None
+
+
+def compare_with_llama_cpp(export: GGUFExport, path: Path, rows: torch.Tensor) -> dict[str, Any]:
+    """The rows through both programs: mean KL(torch ‖ llama.cpp), first choices, and the perplexity of each."""
+    from llama_cpp import Llama
+
+    student = load_causal_lm(str(export.folder), dtype="float32").eval()
+    length = rows.shape[1]
+    llama = Llama(str(path), n_ctx=length, n_batch=length, logits_all=True, verbose=False)
+    kl = matches = torch_loss = llama_loss = 0.0
+    for row in rows:
+        with torch.no_grad():
+            ours = student(input_ids=row.unsqueeze(0), use_cache=False).logits[0].float().log_softmax(dim=-1)
+        llama.reset()  # type: ignore[no-untyped-call]
+        llama.eval(row.tolist())
+        theirs = torch.from_numpy(np.array(llama.scores[:length], dtype=np.float32)).log_softmax(dim=-1)
+        kl += float((ours.exp() * (ours - theirs)).sum())
+        matches += float((ours.argmax(-1) == theirs.argmax(-1)).sum())
+        following = row[1:].unsqueeze(-1)
+        torch_loss -= float(ours[:-1].gather(1, following).sum())
+        llama_loss -= float(theirs[:-1].gather(1, following).sum())
+    llama.close()
+    positions, predicted = rows.numel(), rows.numel() - len(rows)
+    return {
+        "tokens": positions,
+        "kl_mean": kl / positions,
+        "top1_agreement": matches / positions,
+        "perplexity_torch": math.exp(torch_loss / predicted),
+        "perplexity_llama_cpp": math.exp(llama_loss / predicted),
+    }

@@ -1,0 +1,1 @@
+"""Student models: building them, and making chosen weights ternary."""

@@ -1,0 +1,155 @@
+"""Ternary checkpoints for `AutoModelForCausalLM.from_pretrained`: shadow weights, or packed codes and scales.
+
+The one idea: `quantization_config` in a checkpoint's config names our method; transformers then asks this
+quantizer (see `limbeck.registration`), which makes the same modules as training did. Two formats: `shadow`
+(full-precision weights under their usual names, trainable) and `packed` (2-bit codes and float16 scales, for
+inference).
+
+Packed: four codes a byte, code + 1 of input 4b + j in bits 2j of byte b.
+Shapes: R rows, C columns, G group, E experts.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from limbeck.errors import ConfigError
+from limbeck.registration import METHOD
+from limbeck.students.ternary import (
+    TernaryState,
+    TernaryTensor,
+    apply_ternary,
+    group_width,
+    round_activations,
+    use_ternary_experts,
+)
+
+Tensor = torch.Tensor
+
+
+class TernaryQuantizationConfig(QuantizationConfigMixin):
+    """What a ternary checkpoint says of itself.
+
+    Attributes:
+        format: shadow or packed.
+        weights: names of the ternary parameters.
+        group_size, scale, activation_bits: as in training.
+    """
+
+    def __init__(
+        self,
+        format: str = "shadow",  # noqa: A002 (a key of the file)
+        weights: list[str] | None = None,
+        group_size: int | str = 128,
+        scale: str = "absmean",
+        activation_bits: int | None = 8,
+        **kwargs: Any,
+    ) -> None:
+        if format not in ("shadow", "packed"):
+            raise ConfigError(f"quantization_config.format is {format!r}; this limbeck reads shadow and packed.")
+        self.quant_method = METHOD
+        self.format, self.weights, self.group_size = format, list(weights or []), group_size
+        self.scale, self.activation_bits = scale, activation_bits
+
+    @property
+    def state(self) -> TernaryState:
+        """The settings of the forward pass."""
+        return TernaryState(self.group_size, self.scale, self.activation_bits)
+
+
+class TernaryQuantizer(HfQuantizer):
+    """Makes the modules that a ternary checkpoint's tensors go into."""
+
+    requires_calibration = False
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        config: TernaryQuantizationConfig = self.quantization_config
+        if config.format == "shadow":
+            apply_ternary(model, config.weights, config.state)
+        else:
+            make_packed(model, config)
+        return model
+
+    @property
+    def is_trainable(self) -> bool:
+        """Shadow weights are; codes are not."""
+        return bool(self.quantization_config.format == "shadow")
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """As `is_trainable`."""
+        return self.is_trainable
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Both formats are written under the names they are read by."""
+        return True
+
+
+def pack_codes(codes: Tensor) -> Tensor:
+    """int8 `[..., C]` in −1, 0, 1 to uint8 `[..., C/4]`."""
+    fields = (codes + 1).to(torch.uint8).reshape(*codes.shape[:-1], -1, 4)
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=codes.device)
+    return (fields << shifts).sum(dim=-1, dtype=torch.uint8)
+
+
+def unpack_codes(packed: Tensor) -> Tensor:
+    """The inverse of `pack_codes`."""
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=packed.device)
+    fields = (packed.unsqueeze(-1) >> shifts) & 3
+    return fields.to(torch.int8).flatten(-2) - 1
+
+
+class PackedWeight(nn.Module):
+    """A ternary matrix (or one an expert) as it is stored: `codes` uint8 `[..., R, C/4]`, `scales` `[..., R, C/G]`."""
+
+    codes: Tensor
+    scales: Tensor
+
+    def __init__(self, shape: torch.Size, group_size: int | str) -> None:
+        super().__init__()
+        width = group_width(shape[-1], group_size)
+        self.register_buffer("codes", torch.zeros(*shape[:-1], shape[-1] // 4, dtype=torch.uint8))
+        self.register_buffer("scales", torch.zeros(*shape[:-1], shape[-1] // width, dtype=torch.float16))
+
+    def dequantise(self, dtype: torch.dtype) -> Tensor:
+        """s·code `[..., R, C]`."""
+        return TernaryTensor(unpack_codes(self.codes), self.scales).dequantise().to(dtype)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer over packed ternary weights."""
+
+    def __init__(self, linear: nn.Linear, state: TernaryState) -> None:
+        super().__init__()
+        self.packed = PackedWeight(linear.weight.shape, state.group_size)
+        self.bias = linear.bias
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self._bits = state.activation_bits
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (nn.Linear's name)
+        """`[..., C]` to `[..., R]`."""
+        x = round_activations(input, self._bits)
+        return nn.functional.linear(x, self.packed.dequantise(x.dtype), self.bias)
+
+
+def make_packed(model: Any, config: TernaryQuantizationConfig) -> None:
+    """Put packed modules in place of a model's ternary weights, ready for a packed checkpoint's tensors."""
+    state = config.state
+    for name in config.weights:
+        prefix, _, leaf = name.rpartition(".")
+        module = model.get_submodule(prefix)
+        if isinstance(module, nn.Linear):
+            owner, _, child = prefix.rpartition(".")
+            setattr(model.get_submodule(owner), child, PackedLinear(module, state))
+            continue
+        packed = PackedWeight(getattr(module, leaf).shape, state.group_size)
+        delattr(module, leaf)
+        module.add_module(f"{leaf}_packed", packed)
+        module.ternary_weights = (*getattr(module, "ternary_weights", ()), leaf)
+        module.ternary = state
+        module._is_hf_initialized = True  # its initialisation would look for the weight that is gone
+    if any(hasattr(module, "ternary_weights") for module in model.modules()):
+        use_ternary_experts(model)

@@ -1,0 +1,236 @@
+"""Ternary weights in training: full-precision shadows underneath, codes and scales in every forward pass.
+
+The one idea: a weight is replaced by s·code only where it is used, straight-through, so that parameters,
+their names, checkpoints and optimizers stay what they were. Scales are rounded to float16 before they are
+used: what training saw is what an export holds, to the bit.
+
+    s = mean|w| (absmean) or max|w| (absmax) over a group of G inputs;  code = clip(round(w / s), −1, 1)
+    w_eff = (1−λ) w + λ s·code,  ∂w_eff/∂w := 1;  activations: int8 per token, x ≈ round(127 x / max|x|)·max|x| / 127
+
+Source: BitNet b1.58 (arXiv 2402.17764, eq. 1–3), with groups. λ rises from 0 to 1 over a warm-up.
+Shapes: R rows (outputs), C columns (inputs), G group, E experts; leading dimensions are free.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from limbeck.errors import ConfigError
+
+Tensor = torch.Tensor
+SMALLEST_SCALE = 6.1035e-5  # the smallest normal float16: below it a scale would lose bits
+EXPERTS = "ternary_qat"
+
+
+@dataclass
+class TernaryState:
+    """How a model's ternary weights are made; one object shared by all of them.
+
+    Attributes:
+        group_size: inputs that share a scale; `row` for one scale an output, `tensor` for one a matrix.
+        scale: absmean or absmax.
+        activation_bits: 8, or None for activations as they are.
+        mix: λ: 0 uses the shadow weights, 1 the ternary ones.
+    """
+
+    group_size: int | str = 128
+    scale: str = "absmean"
+    activation_bits: int | None = 8
+    mix: float = 1.0
+
+
+@dataclass(frozen=True)
+class TernaryTensor:
+    """`codes` int8 `[..., R, C]` in −1, 0, 1 and `scales` float16 `[..., R, C/G]`."""
+
+    codes: Tensor
+    scales: Tensor
+
+    def dequantise(self) -> Tensor:
+        """s·code in float32."""
+        groups = self.scales.shape[-1]
+        shape = self.codes.shape
+        grouped = self.codes.reshape(*shape[:-1], groups, shape[-1] // groups).float()
+        return (grouped * self.scales.float().unsqueeze(-1)).reshape(shape)
+
+
+def group_width(columns: int, group_size: int | str) -> int:
+    """Inputs that share a scale in a row of `columns`.
+
+    Raises:
+        ConfigError: the row is no multiple of the group.
+    """
+    if isinstance(group_size, str):
+        return columns
+    if columns % group_size:
+        raise ConfigError(
+            f"student.ternary.group_size is {group_size} and a ternary weight has rows of {columns}, which is no "
+            "multiple of it. Choose a group that divides it, or `row`."
+        )
+    return group_size
+
+
+def _scales(magnitude: Tensor, group_size: int | str, scale: str) -> Tensor:
+    """float32 values of the float16 scales, `[..., R, C/G, 1]`, of grouped magnitudes `[..., R, C/G, G]`."""
+    s = magnitude.mean(dim=-1, keepdim=True) if scale == "absmean" else magnitude.amax(dim=-1, keepdim=True)
+    if group_size == "tensor":  # the mean, or the largest, of the rows' is the matrix's own
+        s = s.mean(dim=-3, keepdim=True) if scale == "absmean" else s.amax(dim=-3, keepdim=True)
+        s = s.expand(*magnitude.shape[:-1], 1)
+    return s.half().clamp(SMALLEST_SCALE, 65504.0).float()
+
+
+def quantise(weight: Tensor, group_size: int | str, scale: str) -> TernaryTensor:
+    """Codes and scales of a shadow weight `[..., R, C]`: exactly those its forward pass uses."""
+    grouped = _grouped(weight.detach().float(), group_size)
+    s = _scales(grouped.abs(), group_size, scale)
+    codes = (grouped / s).round_().clamp_(-1.0, 1.0).to(torch.int8)
+    return TernaryTensor(codes.reshape(weight.shape), s.squeeze(-1).half())
+
+
+def _grouped(weight: Tensor, group_size: int | str) -> Tensor:
+    width = group_width(weight.shape[-1], group_size)
+    return weight.reshape(*weight.shape[:-1], weight.shape[-1] // width, width)
+
+
+class _Ternarise(torch.autograd.Function):
+    """w ↦ (1−λ) w + λ s·code with the gradient of the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, group_size: int | str, scale: str, mix: float) -> Tensor:
+        grouped = _grouped(weight.detach().float(), group_size)
+        s = _scales(grouped.abs(), group_size, scale)
+        ternary = (grouped / s).round_().clamp_(-1.0, 1.0).mul_(s).reshape(weight.shape)
+        if mix < 1.0:
+            ternary = torch.lerp(weight.detach().float(), ternary, mix)
+        return ternary.to(weight.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
+        return grad_outputs[0], None, None, None
+
+
+class _RoundActivations(torch.autograd.Function):
+    """x ↦ its int8 rounding per token, with the gradient of the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        step = x.detach().float().abs().amax(dim=-1, keepdim=True).clamp_min_(1e-5).div_(127.0)
+        return (x.detach() / step).round_().mul_(step).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        return grad_outputs[0]
+
+
+def ternarise(weight: Tensor, state: TernaryState) -> Tensor:
+    """The weight that the forward pass uses, differentiable straight through."""
+    if state.mix == 0.0:
+        return weight
+    result: Tensor = _Ternarise.apply(weight, state.group_size, state.scale, state.mix)  # type: ignore[no-untyped-call]
+    return result
+
+
+def round_activations(x: Tensor, bits: int | None) -> Tensor:
+    """int8 activations per token (the last dimension), straight through; `None` leaves them."""
+    return x if bits is None else _RoundActivations.apply(x)  # type: ignore[no-untyped-call]
+
+
+class TernaryLinear(nn.Linear):
+    """A linear layer whose weight is ternary in use. Made of an `nn.Linear` in place; its parameters are the same."""
+
+    ternary: TernaryState
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (nn.Linear's name)
+        """`[..., C]` to `[..., R]`."""
+        x = round_activations(input, self.ternary.activation_bits)
+        return nn.functional.linear(x, ternarise(self.weight, self.ternary), self.bias)
+
+
+class _ExpertsView:
+    """Experts as seen by their matrix products: quantised weights, the module for everything else."""
+
+    def __init__(self, module: Any, **weights: Tensor) -> None:
+        self._module = module
+        self.__dict__.update(weights)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        state: TernaryState = self._module.ternary
+        return round_activations(self._module._apply_gate(gate_up), state.activation_bits)
+
+
+def ternary_experts_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Fused experts with ternary weights, by transformers' grouped products.
+
+    grouped_mm wants dimensions that are multiples of 8; other sizes take the batched products.
+    """
+    state: TernaryState | None = getattr(module, "ternary", None)
+    fits = module.hidden_dim % 8 == 0 and module.intermediate_dim % 8 == 0
+    products = ALL_EXPERTS_FUNCTIONS["grouped_mm" if fits else "batched_mm"]
+    if state is None:
+        return products(module, hidden, top_k_index, top_k_weights)  # type: ignore[no-any-return]
+    view = _ExpertsView(module, **{name: _in_use(module, name, hidden.dtype) for name in module.ternary_weights})
+    x = round_activations(hidden, state.activation_bits)
+    return products(view, x, top_k_index, top_k_weights)  # type: ignore[no-any-return]
+
+
+def _in_use(module: Any, name: str, dtype: torch.dtype) -> Tensor:
+    """An experts' weight as its products see it: a shadow's ternary form, or packed codes unpacked."""
+    packed = getattr(module, f"{name}_packed", None)
+    if packed is not None:
+        unpacked: Tensor = packed.dequantise(dtype)
+        return unpacked
+    return ternarise(getattr(module, name), module.ternary)
+
+
+def apply_ternary(model: Any, names: list[str], state: TernaryState) -> None:
+    """Make the named weights of a model ternary in use.
+
+    Args:
+        model: a causal LM of transformers; parameters and their names do not change.
+        names: full parameter names: weights of `nn.Linear`, or fused 3-D experts.
+        state: shared by all of them, kept as `model.ternary_state`.
+
+    Raises:
+        ConfigError: a name is neither, or its rows do not fit the groups.
+    """
+    for name in names:
+        prefix, _, leaf = name.rpartition(".")
+        module = model.get_submodule(prefix)
+        parameter = getattr(module, leaf)
+        if type(module) in (nn.Linear, TernaryLinear) and leaf == "weight":
+            module.__class__ = TernaryLinear
+        elif parameter.ndim == 3 and hasattr(module, "is_transposed") and not module.is_transposed:
+            known = getattr(module, "ternary_weights", ())
+            module.ternary_weights = tuple(sorted({*known, leaf}))
+        else:
+            raise ConfigError(
+                f"student.ternary: {name} of {type(module).__name__} can not be made ternary; only the weights of "
+                "nn.Linear and of fused experts stored [experts, out, in] can. Exclude it."
+            )
+        group_width(parameter.shape[-1], state.group_size)
+        module.ternary = state
+    if any(hasattr(module, "ternary_weights") for module in model.modules()):
+        use_ternary_experts(model)
+    model.ternary_state = state
+
+
+def use_ternary_experts(model: Any) -> None:
+    """Let the model's fused experts go through `ternary_experts_forward`."""
+    if EXPERTS not in ALL_EXPERTS_FUNCTIONS:
+        ALL_EXPERTS_FUNCTIONS.register(EXPERTS, ternary_experts_forward)
+    model.set_experts_implementation(EXPERTS)
+
+
+def ternary_weights(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    """The weights that are ternary in use, with their names."""
+    for prefix, module in model.named_modules():
+        leaves = ("weight",) if isinstance(module, TernaryLinear) else getattr(module, "ternary_weights", ())
+        for leaf in leaves:
+            yield f"{prefix}.{leaf}", getattr(module, leaf)

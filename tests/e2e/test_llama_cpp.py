@@ -1,0 +1,97 @@
+"""Stock llama.cpp runs what we export: the same tokens, the same perplexity, the same first choices.
+
+Needs the `verify` extra (`make verify`): llama-cpp-python is built from source.
+"""
+
+import json
+
+import pytest
+import torch
+
+from conftest import TOKENIZER, limbeck, save_model, tiny_model
+from limbeck.config import TernaryConfig
+from limbeck.export.gguf import GGUFExport
+from limbeck.students.build import make_ternary
+from test_export import SHAPES
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+llama_cpp = pytest.importorskip("llama_cpp", reason="needs the verify extra (llama-cpp-python)")
+
+AWKWARD = [
+    "def f(x):\n    return x\n", "  two spaces", "   three", "\ttab\t\ttabs", "\n\n\nlines\n \n", "trailing   ", " ",
+    "", "a", "aaaaaaaaaaaaaaaaaaaaaaaa", "CamelCaseName", "snake_case_name", "x=1;y=2", "0123456789 3.14159 1e-10",
+    "don't can't I'll we've they'd I'm you're", "it's 'quoted' \"double\"", "naïve café façade", "Ünïcödé",
+    "Привет, мир",
+    "你好，世界", "こんにちは", "안녕하세요",
+    "مرحبا", "שלום", "ไทย", "हिन्दी", "🚀", "👩‍👩‍👧‍👦 family", "🇩🇪🇫🇷",
+    "e\u0301 combining",
+    "zero\u200bwidth", "nbsp\u00a0here", "ﬁ ligature", "½ ² ™ ©", "→ ⇒ ∀ ∃ ∑", "<|endoftext|>", "a<|endoftext|>b",
+    "<|not a token|>", "[INST] <<SYS>>", "```python\nprint('x')\n```", "# comment\n## more", "{\"json\": [1, 2, null]}",
+    "<div class=\"x\">&amp;</div>", "SELECT * FROM t WHERE a >= 1;", "C:\\path\\to\\file", "/usr/bin/env -S",
+    "a\r\nb\rc",
+    "-----=====-----", "(((([[[[{{{{}}}}]]]]))))", "The quick brown fox jumps over the lazy dog.",
+]  # fmt: skip
+
+
+def test_fifty_awkward_strings_have_the_same_ids(tmp_path):
+    from transformers import AutoTokenizer
+
+    model = tiny_model(**SHAPES["llama"])
+    make_ternary(model, TernaryConfig(group_size=256))
+    GGUFExport(save_model(model, tmp_path / "final"), "tq2_0").write(tmp_path / "m.gguf")
+    llama = llama_cpp.Llama(str(tmp_path / "m.gguf"), vocab_only=True, verbose=False)
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    assert len(AWKWARD) == 50
+    for text in AWKWARD:
+        theirs = llama.tokenize(text.encode(), add_bos=True, special=True) if text else []
+        assert theirs == tokenizer(text)["input_ids"], text
+    llama.close()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Rows of the standard library, packed once."""
+    root = tmp_path_factory.mktemp("data")
+    limbeck(
+        "data", "pack", "--dataset", "stdlib", "--tokenizer", TOKENIZER, "--seq-len", 256, "--output", root / "data",
+        "--dataset.validation_fraction", 0.05,
+    )  # fmt: skip
+    return root / "data"
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def trained(request, data, tmp_path_factory):
+    """A ternary student of each architecture after a hundred steps of cross-entropy."""
+    root = tmp_path_factory.mktemp(request.param)
+    student = {k: v for k, v in SHAPES[request.param].items() if k != "head_dim"} | {"tie_word_embeddings": True}
+    if "head_dim" in SHAPES[request.param]:
+        student["head_dim"] = SHAPES[request.param]["head_dim"]
+    tree = {
+        "name": request.param, "output_dir": str(root),
+        "dataset": {"name": "stdlib", "max_length": 256, "packed_dir": str(data), "validation_fraction": 0.05,
+                    "attention": "packed"},
+        "tokenizer": {"name": TOKENIZER},
+        "student": {"config": student, "ternary": {"group_size": 256}},
+        "optimizer": {"name": "muon_adamw", "adamw": {"learning_rate": 8e-3}},
+        "training": {"mode": "ce", "max_steps": 100, "per_device_train_batch_size": 8, "learning_rate": 0.02,
+                     "report_to": [], "logging_steps": 50, "bf16": "auto"},
+    }  # fmt: skip
+    (root / "recipe.yaml").write_text(json.dumps(tree))
+    limbeck("train", root / "recipe.yaml", timeout=1200)
+    (root / "data").symlink_to(data)
+    return root
+
+
+@pytest.mark.parametrize("kind", ["tq2_0", "q4_0", "q2_0"])
+def test_llama_cpp_agrees_with_the_torch_student(trained, tmp_path, kind):
+    done = limbeck(
+        "export", trained, "--type", kind, "--embedding", "f16", "--output", tmp_path / "m.gguf", "--verify", "--json",
+        timeout=900,
+    )  # fmt: skip
+    found = json.loads(done.stdout)
+    print(trained.name, kind, {key: found[key] for key in ("kl_mean", "top1_agreement", "perplexity_torch")})
+    assert found["weights_equal"] is True
+    assert found["tokens"] >= 1000
+    assert found["perplexity_llama_cpp"] == pytest.approx(found["perplexity_torch"], rel=0.01)
+    assert found["top1_agreement"] >= 0.98
+    assert torch.isfinite(torch.tensor(found["kl_mean"]))
