@@ -26,7 +26,7 @@ from limbeck.students.build import make_ternary
 from limbeck.training.head import LossRequest, attach_fused_loss
 
 SHAPE = {
-    "model_type": "llama", "hidden_size": 768, "intermediate_size": 2304, "num_hidden_layers": 12,
+    "model_type": "llama", "hidden_size": 768, "intermediate_size": 2560, "num_hidden_layers": 12,
     "num_attention_heads": 12, "num_key_value_heads": 12, "vocab_size": 32000, "tie_word_embeddings": True,
     "max_position_embeddings": 1024, "eos_token_id": 0, "bos_token_id": 0,
 }  # fmt: skip

@@ -139,6 +139,8 @@ class GGUFExport:
         """Write the file, whole or not at all; returns its type and bytes."""
         import gguf
 
+        if self.ternary.get("format") == "packed":
+            raise LimbeckError(f"{self.folder} is packed already; export from the training run's final/.")
         tensors = DiskTensors(self.folder)
         arch, planned = architecture(self.config), self.plan(tensors)
         chosen = self.choose(tensors)

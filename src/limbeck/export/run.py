@@ -71,9 +71,10 @@ def _gguf(recipe: Recipe, run: Path, folder: Path, verify: bool) -> dict[str, An
 
     section = recipe.export
     export = GGUFExport(folder, section.type, section.embedding)
-    target = section.output or _default_output(run, folder, f"{recipe.name}.gguf")
+    name = f"{run.resolve().name if section.input else recipe.name}.gguf"
+    target = section.output or _default_output(run, folder, name)
     if target.suffix != ".gguf":
-        target = target / f"{recipe.name}.gguf"
+        target = target / name
     found = export.write(target)
     say(f"GGUF in {target}")
     result: dict[str, Any] = {"output": str(target), "type": found["type"], "gguf_mb": found["bytes"] / 1e6}
