@@ -234,7 +234,9 @@ def _is_transposed(module: nn.Module, leaf: str, parameter: nn.Parameter, hidden
 def _head_rows(attention: nn.Module, config: Any, out: int) -> int:
     """Rows of one head when `out` rows are whole heads of one width; 0 when they are not."""
     key, value = getattr(attention, "head_k_dim", None), getattr(attention, "head_v_dim", None)
-    width = key if key is not None and key == value else getattr(attention, "head_dim", None)
+    if key is not None and key != value:  # linear attention whose keys and values differ in width
+        return 0
+    width = key if key is not None else getattr(attention, "head_dim", None)
     if width is None and config is not None:
         heads = getattr(config, "num_attention_heads", None)
         width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
