@@ -197,6 +197,32 @@ def test_a_packed_checkpoint_loads_with_training_codes(tmp_path, shape):
         Source.open(tmp_path / "packed")
 
 
+@pytest.mark.parametrize(("shape", "tied"), [("llama", True), ("llama", False), ("qwen3moe", True)])
+def test_the_rest_may_be_float8(tmp_path, shape, tied):
+    folder = ternary_folder(tmp_path, shape, group=128, tie_word_embeddings=tied)
+    source = Source.open(folder)
+    half = export_packed(source, tmp_path / "half", "bf16")
+    small = export_packed(source, tmp_path / "small", "fp8")
+    assert small["bytes"] < 0.7 * half["bytes"]
+    assert verify_packed(source, tmp_path / "small")
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "small", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not hasattr(model, "float8")
+    found, wanted = dict(model.named_parameters()), dict(source.model.named_parameters())
+    for name in set(found) & set(wanted):
+        limit = 2**-4 if found[name].ndim == 2 else 2**-8
+        largest = wanted[name].abs().amax(dim=-1, keepdim=True) * 2**-9 + wanted[name].abs() * limit
+        assert bool(((found[name].float() - wanted[name]).abs() <= largest + 1e-8).all()), name
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    ids = torch.arange(9).unsqueeze(0)
+    with torch.no_grad():
+        ours, theirs = model(input_ids=ids).logits.float(), source.model(input_ids=ids).logits
+    assert float((ours.softmax(-1) - theirs.softmax(-1)).abs().sum(-1).mean()) < 0.2
+
+
 def test_the_command_line_exports_inspects_and_checks(tmp_path):
     ternary_folder(tmp_path / "student", "llama", 128)
     done = limbeck("export", tmp_path, "--format", "gguf", "--group-size", "128", "--verify", "--json")

@@ -49,7 +49,9 @@ class ExportConfig(Section):
         "auto", description="GGUF type of ternary weights; `auto`: the smallest that holds their groups exactly."
     )
     embedding: Literal["q8_0", "f16"] = Field("q8_0", description="GGUF type of embedding and head.")
-    rest: Literal["bf16", "f16", "f32"] = Field("bf16", description="Precision of what is not ternary in `packed`.")
+    rest: Literal["bf16", "f16", "f32", "fp8"] = Field(
+        "bf16", description="Precision of what is not ternary in `packed`; fp8: matrices E4M3, vectors bf16."
+    )
     group_size: PositiveInt | None = Field(
         None, description="Checked against the student's: groups are chosen in training, not in export."
     )

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 
 from limbeck.export.source import Source
 from limbeck.storage import commit_folder, read_json, write_json
-from limbeck.students.quantizer import pack_codes
+from limbeck.students.quantizer import float8_key, pack_codes, to_float8
 
-_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32, "fp8": torch.bfloat16}
 _NOT_COPIED = {"config.json", "model.safetensors.index.json", "manifest.json"}
 
 
@@ -25,7 +25,8 @@ def export_packed(source: Source, target: Path, rest: str = "bf16") -> dict[str,
     Args:
         source: a ternary student.
         target: folder to write; replaced as a whole.
-        rest: precision of everything that is not ternary: bf16, f16 or f32.
+        rest: precision of everything that is not ternary: bf16, f16 or f32; or fp8: matrices as float8 with a scale a
+            row, the rest bf16.
     """
     partial = target.with_name(f".{target.name}.tmp")
     if partial.exists():
@@ -34,6 +35,7 @@ def export_packed(source: Source, target: Path, rest: str = "bf16") -> dict[str,
     tensors: dict[str, torch.Tensor] = {}
     ternary_bytes = weights = 0
     seen: dict[int, str] = {}
+    float8: list[str] = []
     for name, tensor in source.tensors():
         if name in source.ternary:
             packed = source.quantised(name, tensor)
@@ -43,11 +45,16 @@ def export_packed(source: Source, target: Path, rest: str = "bf16") -> dict[str,
             weights += tensor.numel()
         elif tensor.data_ptr() not in seen or tensor.numel() == 0:  # a tied head is its embedding
             seen[tensor.data_ptr()] = name
+            if rest == "fp8" and tensor.ndim == 2 and tensor.is_floating_point():
+                values, scales = to_float8(tensor)
+                tensors[f"{float8_key(name)}.values"], tensors[f"{float8_key(name)}.scales"] = values, scales
+                float8.append(name)
+                continue
             tensors[name] = tensor.to(_DTYPES[rest]) if tensor.is_floating_point() else tensor.clone()
     save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
     config = read_json(source.folder / "config.json")
-    config["quantization_config"]["format"] = "packed"
-    config["dtype"] = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}[rest]
+    config["quantization_config"].update(format="packed", float8=float8)
+    config["dtype"] = str(_DTYPES[rest]).removeprefix("torch.")
     write_json(partial / "config.json", config)
     for path in source.folder.iterdir():
         if path.suffix in (".json", ".jinja", ".txt", ".model") and path.name not in _NOT_COPIED:

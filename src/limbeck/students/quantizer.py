@@ -9,6 +9,7 @@ Packed: four codes a byte, code + 1 of input 4b + j in bits 2j of byte b.
 Shapes: R rows, C columns, G group, E experts.
 """
 
+import re
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ class TernaryQuantizationConfig(QuantizationConfigMixin):
         format: shadow or packed.
         weights: names of the ternary parameters.
         group_size, scale, activation_bits: as in training.
+        float8: with `packed`, names of the other matrices, stored as float8 (E4M3) with a scale a row.
     """
 
     def __init__(
@@ -46,13 +48,14 @@ class TernaryQuantizationConfig(QuantizationConfigMixin):
         group_size: int | str = 128,
         scale: str = "absmean",
         activation_bits: int | None = 8,
+        float8: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
         if format not in ("shadow", "packed"):
             raise ConfigError(f"quantization_config.format is {format!r}; this limbeck reads shadow and packed.")
         self.quant_method = METHOD
         self.format, self.weights, self.group_size = format, list(weights or []), group_size
-        self.scale, self.activation_bits = scale, activation_bits
+        self.scale, self.activation_bits, self.float8 = scale, activation_bits, list(float8 or [])
 
     @property
     def state(self) -> TernaryState:
@@ -71,6 +74,12 @@ class TernaryQuantizer(HfQuantizer):
             apply_ternary(model, config.weights, config.state)
         else:
             make_packed(model, config)
+            hold_float8(model, config.float8)
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        release_float8(model, self.quantization_config.float8)
+        self.quantization_config.float8 = []  # they are ordinary parameters now
         return model
 
     @property
@@ -153,3 +162,52 @@ def make_packed(model: Any, config: TernaryQuantizationConfig) -> None:
         module._is_hf_initialized = True  # its initialisation would look for the weight that is gone
     if any(hasattr(module, "ternary_weights") for module in model.modules()):
         use_ternary_experts(model)
+
+
+class Float8Weight(nn.Module):
+    """A matrix as it is stored: `values` float8 E4M3 `[R, C]` and a float32 scale a row."""
+
+    values: Tensor
+    scales: Tensor
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.register_buffer("values", torch.zeros(shape, dtype=torch.float8_e4m3fn))
+        self.register_buffer("scales", torch.ones(shape[0], 1, dtype=torch.float32))
+
+
+def to_float8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Values and scales of a matrix; a row's largest entry becomes 448, the largest of E4M3."""
+    scales = weight.float().abs().amax(dim=-1, keepdim=True).clamp_min(1e-12) / 448.0
+    return (weight.float() / scales).to(torch.float8_e4m3fn), scales
+
+
+def float8_key(name: str) -> str:
+    """Where a matrix's float8 form lies in a checkpoint (dots would be modules)."""
+    return f"float8.{name.replace('.', '/')}"
+
+
+def hold_float8(model: Any, names: list[str]) -> None:
+    """Give float8 tensors of a checkpoint a place to be loaded into; their parameters are filled afterwards."""
+    if not names:
+        return
+    held = nn.ModuleDict({name.replace(".", "/"): Float8Weight(model.get_parameter(name).shape) for name in names})
+    model.add_module("float8", held)
+    # A head that is its embedding has nothing to be tied to before the embedding is filled.
+    model.float8_ties, model.all_tied_weights_keys = model.all_tied_weights_keys, {}
+    missing = {re.escape(name) for name in (*names, *model.float8_ties)}
+    model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or []), *missing}
+
+
+@torch.no_grad()
+def release_float8(model: Any, names: list[str]) -> None:
+    """Fill the parameters from their float8 form and drop it."""
+    for name in names:
+        stored = model.float8[name.replace(".", "/")]
+        parameter = model.get_parameter(name)
+        parameter.copy_((stored.values.float() * stored.scales).to(parameter.dtype))
+    if names:
+        del model.float8
+        model.all_tied_weights_keys = model.float8_ties
+        del model.float8_ties
+        model.tie_weights()
