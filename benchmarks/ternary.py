@@ -105,7 +105,7 @@ def sizes() -> dict[str, float]:
 def main() -> None:
     options = arguments(__doc__).parse_args()
     found = {"parameters": sum(p.numel() for p in new_model(False).parameters()), "threads": torch.get_num_threads()}
-    report({**found, **overhead(3 if options.quick else 9), **sizes()}, options.json)
+    report({**found, **overhead(2 if options.quick else 9), **sizes()}, options.json)
 
 
 if __name__ == "__main__":

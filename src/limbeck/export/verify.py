@@ -68,7 +68,7 @@ def compare_with_llama_cpp(export: GGUFExport, path: Path, rows: torch.Tensor) -
     for row in rows:
         with torch.no_grad():
             ours = student(input_ids=row.unsqueeze(0), use_cache=False).logits[0].float().log_softmax(dim=-1)
-        llama.reset()  # type: ignore[no-untyped-call]
+        llama.reset()
         llama.eval(row.tolist())
         theirs = torch.from_numpy(np.array(llama.scores[:length], dtype=np.float32)).log_softmax(dim=-1)
         kl += float((ours.exp() * (ours - theirs)).sum())
