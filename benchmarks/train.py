@@ -111,13 +111,13 @@ def trl_trainer(folder: Path, steps: int, teacher, rows):
     )  # fmt: skip
 
 
-def prepare(folder: Path) -> tuple[Path, PackedDataset, Path]:
+def prepare(folder: Path, steps: int) -> tuple[Path, PackedDataset, Path]:
     """A teacher on disk, packed rows and a cache, by the pipeline itself."""
     model(TEACHER, seed=1).save_pretrained(folder / "teacher")
     AutoTokenizer.from_pretrained(SHIPPED["tiny-python"]).save_pretrained(folder / "teacher")
     recipe = Recipe.model_validate({
         "output_dir": str(folder / "run"),
-        "dataset": {"name": "stdlib", "max_samples": 24, "max_length": LENGTH, "train_rows": 48,
+        "dataset": {"name": "stdlib", "max_samples": 24, "max_length": LENGTH, "train_rows": ROWS * steps,
                     "attention": "packed"},
         "teacher": {"model": str(folder / "teacher"), "top_k": K, "splits": ["train"], "max_kl": 1.0},
         "student": {"config": {"model_type": "llama", **STUDENT}},
@@ -127,7 +127,7 @@ def prepare(folder: Path) -> tuple[Path, PackedDataset, Path]:
 
 
 def build_cases(folder: Path, steps: int) -> dict[str, Trainer]:
-    path, rows, cache = prepare(folder)
+    path, rows, cache = prepare(folder, steps)
     teacher = load_causal_lm(str(path), dtype="float32").eval().requires_grad_(False)
     settings = common_arguments(folder / "out", steps)
 
