@@ -40,6 +40,14 @@ def write_corpus(folder: Path, documents: int = 40, seed: int = 0) -> Path:
     return folder
 
 
+def long_corpus_and_teacher(root: Path, documents: int, repeats: int) -> tuple[Path, Path]:
+    """Text and a teacher big enough that a stage takes a while and can be killed in the middle."""
+    corpus = write_corpus(root / "text", documents=documents, seed=1)
+    for path in corpus.iterdir():
+        path.write_text(path.read_text() * repeats)
+    return corpus, save_model(tiny_model(seed=7, hidden_size=64), root / "teacher")
+
+
 def tiny_model(vocab_size: int = 4096, seed: int = 0, **changes):
     """A Llama of a few thousand weights beside its embedding, in float32 and eval mode."""
     from transformers import AutoConfig, AutoModelForCausalLM

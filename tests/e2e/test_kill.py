@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import TINY, digest, limbeck, save_model, tiny_model, write_corpus
+from conftest import TINY, digest, limbeck, long_corpus_and_teacher
 
 PATTERNS = {"pack": ("data/*.parquet", "data/manifest.json"),
             "cache": ("cache/*.h5", "cache/manifest.json"),
@@ -23,14 +23,11 @@ COMMANDS = {"pack": ("data", "pack"), "cache": ("teacher", "cache"), "train": ("
 def ground(tmp_path_factory):
     """A corpus and a teacher big enough that every stage takes a while, and an undisturbed run of all three."""
     root = tmp_path_factory.mktemp("kill")
-    corpus = write_corpus(root / "text", documents=120, seed=1)
-    for path in corpus.iterdir():
-        path.write_text(path.read_text() * 12)
-    save_model(tiny_model(seed=7, hidden_size=64), root / "teacher")
+    corpus, teacher = long_corpus_and_teacher(root, documents=120, repeats=12)
     tree = {
         "name": "kill",
         "dataset": {"name": str(corpus), "max_length": 64, "validation_fraction": 0.1, "rows_per_shard": 16},
-        "teacher": {"model": str(root / "teacher"), "top_k": 16, "rows_per_shard": 16},
+        "teacher": {"model": str(teacher), "top_k": 16, "rows_per_shard": 16},
         "student": {"config": TINY},
         "training": {"max_steps": 24, "per_device_train_batch_size": 4, "logging_steps": 4, "report_to": [],
                      "save_steps": 3, "eval_steps": 3, "eval_rows": 8, "save_total_limit": 2},

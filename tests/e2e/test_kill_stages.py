@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import TINY, digest, limbeck, save_model, tiny_model, write_corpus
+from conftest import TINY, digest, limbeck, long_corpus_and_teacher
 
 NANO = Path(__file__).parents[2] / "recipes" / "nano-ce-then-kd.yaml"
 PATTERNS = ("student/final/*.safetensors", "student/best/*.safetensors", "student/*/final/*.safetensors")
@@ -22,13 +22,10 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 def tiny(tmp_path_factory):
     """A two-stage recipe of a minute's tenth, its data and cache, and an undisturbed run of it."""
     root = tmp_path_factory.mktemp("stages")
-    corpus = write_corpus(root / "text", documents=60, seed=1)
-    for path in corpus.iterdir():
-        path.write_text(path.read_text() * 6)
-    save_model(tiny_model(seed=7, hidden_size=64), root / "teacher")
+    corpus, teacher = long_corpus_and_teacher(root, documents=60, repeats=6)
     tree = {
         "dataset": {"name": str(corpus), "max_length": 64, "validation_fraction": 0.1},
-        "teacher": {"model": str(root / "teacher"), "top_k": 16, "splits": ["train"]},
+        "teacher": {"model": str(teacher), "top_k": 16, "splits": ["train"]},
         "student": {"config": TINY},
         "optimizer": {"name": "muon_lion"},
         "training": {"per_device_train_batch_size": 4, "logging_steps": 4, "report_to": [], "save_steps": 2,

@@ -97,14 +97,12 @@ class Recipe(Section):
     def _temperatures_are_declared(self) -> "Recipe":
         if self.stages.enabled or not self.distils:
             return self
-        loss = self.loss
-        wanted = {"temperature": loss.end("temperature"), "temperature_initial": loss.temperature_initial}
-        for key, value in wanted.items():
-            if value is not None and value not in self.temperatures:
-                raise ValueError(
-                    f"loss.{key} is {value} and teacher.temperatures declares {list(self.temperatures)}; "
-                    "add it there, or use one of these"
-                )
+        missing = self.loss.undeclared(self.temperatures)
+        if missing is not None:
+            raise ValueError(
+                f"loss.{missing[0]} is {missing[1]} and teacher.temperatures declares {list(self.temperatures)}; "
+                "add it there, or use one of these"
+            )
         return self
 
     @model_validator(mode="after")

@@ -1,5 +1,6 @@
 """Sections about the loss, the optimizer and the training loop."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -61,6 +62,11 @@ class LossConfig(Section):
         """The value after the ramp, or the constant one."""
         final = getattr(self, f"{name}_final")
         return float(getattr(self, name) if final is None else final)
+
+    def undeclared(self, temperatures: Sequence[float]) -> tuple[str, float] | None:
+        """The key and value of a temperature that is not among the declared ones; None when all are."""
+        wanted = {"temperature": self.end("temperature"), "temperature_initial": self.temperature_initial}
+        return next(((k, v) for k, v in wanted.items() if v is not None and v not in temperatures), None)
 
     @property
     def wanted_temperatures(self) -> tuple[float, ...]:

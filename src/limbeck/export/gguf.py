@@ -5,6 +5,7 @@ can not hold is refused before a byte is written; then tensors are read, packed 
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from limbeck.errors import LimbeckError
 from limbeck.export.blocks import BLOCK_TYPES, Array, BlockType, encode
 from limbeck.export.disk import DiskTensors
 from limbeck.export.layout import Target, add_hyperparameters, architecture, targets
+from limbeck.export.source import ternary_settings
 from limbeck.export.vocabulary import add_vocabulary
-from limbeck.registration import METHOD
 from limbeck.storage import commit_file
 from limbeck.students.ternary import TernaryTensor, group_width, quantise
 
@@ -51,19 +52,17 @@ class GGUFExport:
     kind: str = "auto"
     embedding: str = "q8_0"
 
-    @property
+    @cached_property
     def config(self) -> Any:
         """The model's transformers config."""
         from transformers import AutoConfig
 
         return AutoConfig.from_pretrained(self.folder)
 
-    @property
+    @cached_property
     def ternary(self) -> dict[str, Any]:
-        """The config's `quantization_config` when it is ours, else empty."""
-        settings = getattr(self.config, "quantization_config", None) or {}
-        settings = settings if isinstance(settings, dict) else settings.to_dict()
-        return settings if settings.get("quant_method") == METHOD else {}
+        """What the folder says of its ternary weights; empty for a dense model."""
+        return ternary_settings(self.folder)
 
     def quantised(self, name: str, tensors: DiskTensors) -> TernaryTensor:
         """Codes and scales of a ternary weight, as its training used them."""
@@ -98,10 +97,9 @@ class GGUFExport:
             + ". Choose another --type, or train with a student.ternary.group_size and widths that divide."
         )
 
-    def plan(self, tensors: DiskTensors) -> list[Planned]:
-        """Every tensor of the file, in order."""
-        config, chosen = self.config, self.choose(tensors)
-        ternary = set(self.ternary.get("weights", []))
+    def plan(self, tensors: DiskTensors, chosen: str) -> list[Planned]:
+        """Every tensor of the file, in order, with ternary weights of the chosen type."""
+        config, ternary = self.config, set(self.ternary.get("weights", []))
         planned = []
         for name in tensors.names():
             shape = tensors.shape(name)
@@ -119,31 +117,25 @@ class GGUFExport:
         small = len(shape) < 2 or ".gate.weight" in name or "conv1d" in name or "shared_expert_gate" in name
         return "f32" if small else "f16"
 
-    def data(self, planned: Planned, tensors: DiskTensors) -> Array:
-        """A planned tensor's bytes, as they go into the file."""
+    def part(self, planned: Planned, tensors: DiskTensors) -> TernaryTensor | torch.Tensor:
+        """What a planned tensor holds: codes and scales, or values in float32."""
+        target = planned.target
         if planned.kind in BLOCK_TYPES:
             whole = self.quantised(planned.source, tensors)
-            part = TernaryTensor(planned.target.rows(whole.codes), planned.target.rows(whole.scales))
-            return encode(part, BLOCK_TYPES[planned.kind])
-        return plain_bytes(self.values(planned, tensors), planned.kind)
-
-    def values(self, planned: Planned, tensors: DiskTensors) -> torch.Tensor:
-        """A planned tensor's values in float32, before they are stored."""
+            return TernaryTensor(target.rows(whole.codes), target.rows(whole.scales))
         if planned.source in self.ternary.get("weights", []):
             weight = self.quantised(planned.source, tensors).dequantise()
         else:
             weight = tensors.get(planned.source).float()
-        return planned.target.change(weight) if planned.target.change else planned.target.rows(weight)
+        return target.change(weight) if target.change else target.rows(weight)
 
     def write(self, path: Path) -> dict[str, Any]:
         """Write the file, whole or not at all; returns its type and bytes."""
         import gguf
 
-        if self.ternary.get("format") == "packed":
-            raise LimbeckError(f"{self.folder} is packed already; export from the training run's final/.")
         tensors = DiskTensors(self.folder)
-        arch, planned = architecture(self.config), self.plan(tensors)
-        chosen = self.choose(tensors)
+        arch, chosen = architecture(self.config), self.choose(tensors)
+        planned = self.plan(tensors, chosen)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.tmp")
         writer = gguf.GGUFWriter(partial, arch)
@@ -162,7 +154,7 @@ class GGUFExport:
             writer.write_ti_data_to_file()
             with progress("writing tensors", len(planned)) as bar:
                 for entry in planned:
-                    writer.write_tensor_data(self.data(entry, tensors))
+                    writer.write_tensor_data(stored(self.part(entry, tensors), entry.kind))
                     bar.advance()
             writer.close()
             commit_file(partial, path)
@@ -182,9 +174,11 @@ def _storage(kind: str, shape: tuple[int, ...]) -> tuple[int, int]:
     return {"f32": (0, 4 * count), "f16": (1, 2 * count), "q8_0": (8, count // 32 * 34)}[kind]
 
 
-def plain_bytes(values: torch.Tensor, kind: str) -> Array:
-    """Values as f32, f16 or q8_0."""
-    array: Array = values.contiguous().numpy()
+def stored(part: TernaryTensor | torch.Tensor, kind: str) -> Array:
+    """A tensor's bytes as they go into the file: blocks of codes and scales, or f32, f16 and q8_0 values."""
+    if isinstance(part, TernaryTensor):
+        return encode(part, BLOCK_TYPES[kind])
+    array: Array = part.contiguous().numpy()
     if kind == "q8_0":
         from gguf import GGMLQuantizationType, quants
 

@@ -8,6 +8,7 @@ Shapes: H heads, D head width, R rows, C columns, E experts.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -65,10 +66,7 @@ def targets(config: Any, name: str) -> Sequence[Target]:
     Raises:
         LimbeckError: GGUF has no place for it.
     """
-    import gguf
-
-    arch = getattr(gguf.MODEL_ARCH, ARCHITECTURES[config.model_type].upper())
-    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    names = _name_map(config.model_type, config.num_hidden_layers)
     if name == "lm_head.weight" and config.tie_word_embeddings:
         return []
     if name.endswith("experts.gate_up_proj"):
@@ -101,6 +99,14 @@ def targets(config: Any, name: str) -> Sequence[Target]:
         heads = config.num_attention_heads if stem.endswith("q_proj") else config.num_key_value_heads
         return [Target(target, _interleaved(heads))]
     return [Target(target)]
+
+
+@lru_cache(maxsize=4)
+def _name_map(model_type: str, layers: int) -> Any:
+    """The gguf package's map of tensor names, which is long to build and asked for once a tensor."""
+    import gguf
+
+    return gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, ARCHITECTURES[model_type].upper()), layers)
 
 
 def _lookup(names: Any, key: str) -> str:

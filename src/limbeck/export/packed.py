@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from limbeck.export.source import Source
 from limbeck.storage import commit_folder, read_json, write_json
-from limbeck.students.quantizer import float8_key, pack_codes, to_float8
+from limbeck.students.quantizer import float8_key, pack_codes, packed_key, to_float8
 
 _DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32, "fp8": torch.bfloat16}
 _NOT_COPIED = {"config.json", "model.safetensors.index.json", "manifest.json"}
@@ -34,17 +34,17 @@ def export_packed(source: Source, target: Path, rest: str = "bf16") -> dict[str,
     partial.mkdir(parents=True)
     tensors: dict[str, torch.Tensor] = {}
     ternary_bytes = weights = 0
-    seen: dict[int, str] = {}
+    seen: set[int] = set()
     float8: list[str] = []
     for name, tensor in source.tensors():
         if name in source.ternary:
             packed = source.quantised(name, tensor)
-            stem = name.removesuffix(".weight") + (".packed" if name.endswith(".weight") else "_packed")
+            stem = packed_key(name)
             tensors[f"{stem}.codes"], tensors[f"{stem}.scales"] = pack_codes(packed.codes), packed.scales.contiguous()
             ternary_bytes += tensors[f"{stem}.codes"].nbytes + tensors[f"{stem}.scales"].nbytes
             weights += tensor.numel()
         elif tensor.data_ptr() not in seen or tensor.numel() == 0:  # a tied head is its embedding
-            seen[tensor.data_ptr()] = name
+            seen.add(tensor.data_ptr())
             if rest == "fp8" and tensor.ndim == 2 and tensor.is_floating_point():
                 values, scales = to_float8(tensor)
                 tensors[f"{float8_key(name)}.values"], tensors[f"{float8_key(name)}.scales"] = values, scales
@@ -72,9 +72,8 @@ def verify_packed(source: Source, target: Path) -> bool:
     modules = dict(model.named_modules())
     held = dict(source.model.named_parameters())
     for name in source.ternary:
-        stem = name.removesuffix(".weight") + (".packed" if name.endswith(".weight") else "_packed")
         wanted = source.quantised(name, held[name])
-        found: Any = modules[stem]
+        found: Any = modules[packed_key(name)]
         if not torch.equal(found.codes, pack_codes(wanted.codes)) or not torch.equal(found.scales, wanted.scales):
             return False
     return True

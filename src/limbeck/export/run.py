@@ -7,7 +7,7 @@ from typing import Any
 from limbeck.config import Recipe
 from limbeck.console import say
 from limbeck.errors import ConfigError, LimbeckError
-from limbeck.export.source import Source, model_folder
+from limbeck.export.source import Source, model_folder, ternary_settings
 
 
 def export_student(recipe: Recipe, *, verify: bool = False) -> dict[str, Any]:
@@ -32,10 +32,7 @@ def _default_output(run: Path, folder: Path, name: str) -> Path:
 
 
 def _check_group(folder: Path, wanted: int | None) -> None:
-    from limbeck.storage import read_json
-
-    settings = read_json(folder / "config.json").get("quantization_config") or {}
-    trained = settings.get("group_size")
+    trained = ternary_settings(folder).get("group_size")
     if wanted is not None and wanted != trained:
         raise ConfigError(
             f"--group-size is {wanted} and the student was trained with groups of {trained}. Leave it out, or train "

@@ -33,6 +33,20 @@ def model_folder(path: Path) -> Path:
     )
 
 
+def ternary_settings(folder: Path) -> dict[str, Any]:
+    """The `quantization_config` of a ternary student's folder; empty for a dense model.
+
+    Raises:
+        LimbeckError: its weights are packed already.
+    """
+    settings: dict[str, Any] = read_json(folder / "config.json").get("quantization_config") or {}
+    if settings.get("quant_method") != METHOD:
+        return {}
+    if settings.get("format") == "packed":
+        raise LimbeckError(f"{folder} is packed already; export from the training run's final/.")
+    return settings
+
+
 @dataclass(frozen=True)
 class Source:
     """A model on disk, with what is ternary in it.
@@ -55,12 +69,8 @@ class Source:
             LimbeckError: there is none, or it is packed already.
         """
         folder = model_folder(path)
-        settings = read_json(folder / "config.json").get("quantization_config") or {}
-        if settings.get("quant_method") == METHOD and settings.get("format") == "packed":
-            raise LimbeckError(f"{folder} is packed already; export from the training run's final/.")
-        model = load_causal_lm(str(folder), dtype="float32").eval()
-        named = settings.get("weights", []) if settings.get("quant_method") == METHOD else []
-        return cls(folder, model, frozenset(named))
+        named = ternary_settings(folder).get("weights", [])
+        return cls(folder, load_causal_lm(str(folder), dtype="float32").eval(), frozenset(named))
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter and persistent buffer once, by its runtime name."""

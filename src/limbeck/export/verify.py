@@ -14,8 +14,9 @@ import torch
 from limbeck.data.dataset import PackedDataset
 from limbeck.export.blocks import BLOCK_TYPES, Array, decode, teach_gguf_q2
 from limbeck.export.disk import DiskTensors
-from limbeck.export.gguf import GGUFExport, Planned, plain_bytes
+from limbeck.export.gguf import GGUFExport, Planned, stored
 from limbeck.models import load_causal_lm
+from limbeck.students.ternary import TernaryTensor
 
 
 def weights_equal(export: GGUFExport, path: Path) -> list[str]:
@@ -27,23 +28,25 @@ def weights_equal(export: GGUFExport, path: Path) -> list[str]:
     import gguf
 
     teach_gguf_q2()
-    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    in_file = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     tensors = DiskTensors(export.folder)
-    planned = export.plan(tensors)
-    wrong = [name for name in stored if name not in {entry.target.name for entry in planned}]
+    planned = export.plan(tensors, export.choose(tensors))
+    wrong = [name for name in in_file if name not in {entry.target.name for entry in planned}]
     for entry in planned:
-        found = stored.get(entry.target.name)
+        found = in_file.get(entry.target.name)
         if found is None or not _same(entry, np.asarray(found.data), export, tensors):
             wrong.append(entry.target.name)
     return wrong
 
 
 def _same(entry: Planned, data: Array, export: GGUFExport, tensors: DiskTensors) -> bool:
-    values = export.values(entry, tensors)
-    if entry.kind in BLOCK_TYPES:
-        decoded = decode(data, BLOCK_TYPES[entry.kind], entry.shape[-1]).reshape(entry.shape)
-        return bool(np.array_equal(decoded, values.numpy())) and data.tobytes() == export.data(entry, tensors).tobytes()
-    return data.tobytes() == plain_bytes(values, entry.kind).tobytes()
+    part = export.part(entry, tensors)
+    if data.tobytes() != stored(part, entry.kind).tobytes():
+        return False
+    if not isinstance(part, TernaryTensor):
+        return True
+    decoded = decode(data, BLOCK_TYPES[entry.kind], entry.shape[-1]).reshape(entry.shape)
+    return bool(np.array_equal(decoded, part.dequantise().numpy()))
 
 
 def held_out_rows(run: Path, count: int) -> torch.Tensor | None:

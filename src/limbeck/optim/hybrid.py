@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from limbeck.errors import ConfigError
-from limbeck.optim.muon import muon_step
+from limbeck.optim.muon import local_part, muon_step
 
 Tensor = torch.Tensor
 Step = Callable[[dict[str, Any], Sequence[Tensor], Sequence[dict[str, Any]]], None]
@@ -121,4 +120,4 @@ class HybridOptimizer(torch.optim.Optimizer):
 
 def _locals(tensors: Sequence[Tensor | None]) -> list[Tensor]:
     """This rank's parts: what these algorithms do, they do to every entry alone."""
-    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors if t is not None]
+    return [local_part(t) for t in tensors if t is not None]

@@ -84,12 +84,12 @@ def muon_step(group: dict[str, Any], params: Sequence[Tensor], states: Sequence[
     `layouts` holds `(rows, transposed)` of each parameter, in the order of `group["params"]`.
     """
     layouts = {id(p): MatrixLayout(*layout) for p, layout in zip(group["params"], group["layouts"], strict=True)}
-    local = [_local(p) for p in params]
-    grads = [_local(_gradient(p)) for p in params]
+    local = [local_part(p) for p in params]
+    grads = [local_part(_gradient(p)) for p in params]
     for parameter, state in zip(params, states, strict=True):
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-    buffers = [_local(state["momentum_buffer"]) for state in states]
+    buffers = [local_part(state["momentum_buffer"]) for state in states]
     torch._foreach_lerp_(buffers, grads, 1.0 - group["momentum"])
     updates = list(torch._foreach_lerp(grads, buffers, group["momentum"])) if group["nesterov"] else buffers
     torch._foreach_mul_(local, 1.0 - group["lr"] * group["weight_decay"])
@@ -97,7 +97,7 @@ def muon_step(group: dict[str, Any], params: Sequence[Tensor], states: Sequence[
     for batch in _batches(jobs, group["ns_steps"]):
         for job, update in batch:
             rate = group["lr"] * job.layout.factor(job.parameter.shape, group["adjust_lr"])
-            _local(job.parameter).add_(job.share(update), alpha=-rate)
+            local_part(job.parameter).add_(job.share(update), alpha=-rate)
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def _orthogonalise_together(
     return [(job, part) for (job, _), part in zip(waiting, parts, strict=True)]
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor; a plain tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 

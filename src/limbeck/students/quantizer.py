@@ -182,16 +182,26 @@ def to_float8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight.float() / scales).to(torch.float8_e4m3fn), scales
 
 
+def packed_key(name: str) -> str:
+    """Where a ternary weight's packed form lies: beside a linear layer's weight, or beside an experts' tensor."""
+    return f"{name.removesuffix('.weight')}.packed" if name.endswith(".weight") else f"{name}_packed"
+
+
+def _one_word(name: str) -> str:
+    """A parameter's name as one module's name: dots would be modules inside it."""
+    return name.replace(".", "/")
+
+
 def float8_key(name: str) -> str:
-    """Where a matrix's float8 form lies in a checkpoint (dots would be modules)."""
-    return f"float8.{name.replace('.', '/')}"
+    """Where a matrix's float8 form lies in a checkpoint."""
+    return f"float8.{_one_word(name)}"
 
 
 def hold_float8(model: Any, names: list[str]) -> None:
     """Give float8 tensors of a checkpoint a place to be loaded into; their parameters are filled afterwards."""
     if not names:
         return
-    held = nn.ModuleDict({name.replace(".", "/"): Float8Weight(model.get_parameter(name).shape) for name in names})
+    held = nn.ModuleDict({_one_word(name): Float8Weight(model.get_parameter(name).shape) for name in names})
     model.add_module("float8", held)
     # A head that is its embedding has nothing to be tied to before the embedding is filled.
     model.float8_ties, model.all_tied_weights_keys = model.all_tied_weights_keys, {}
@@ -203,7 +213,7 @@ def hold_float8(model: Any, names: list[str]) -> None:
 def release_float8(model: Any, names: list[str]) -> None:
     """Fill the parameters from their float8 form and drop it."""
     for name in names:
-        stored = model.float8[name.replace(".", "/")]
+        stored = model.float8[_one_word(name)]
         parameter = model.get_parameter(name)
         parameter.copy_((stored.values.float() * stored.scales).to(parameter.dtype))
     if names:

@@ -85,15 +85,16 @@ def _scales(magnitude: Tensor, group_size: int | str, scale: str) -> Tensor:
 
 def quantise(weight: Tensor, group_size: int | str, scale: str) -> TernaryTensor:
     """Codes and scales of a shadow weight `[..., R, C]`: exactly those its forward pass uses."""
-    grouped = _grouped(weight.detach().float(), group_size)
-    s = _scales(grouped.abs(), group_size, scale)
-    codes = (grouped / s).round_().clamp_(-1.0, 1.0).to(torch.int8)
-    return TernaryTensor(codes.reshape(weight.shape), s.squeeze(-1).half())
+    codes, s = _codes_and_scales(weight, group_size, scale)
+    return TernaryTensor(codes.to(torch.int8).reshape(weight.shape), s.squeeze(-1).half())
 
 
-def _grouped(weight: Tensor, group_size: int | str) -> Tensor:
+def _codes_and_scales(weight: Tensor, group_size: int | str, scale: str) -> tuple[Tensor, Tensor]:
+    """float32 codes `[..., R, C/G, G]` and scales `[..., R, C/G, 1]`: the one place that rounds a weight."""
     width = group_width(weight.shape[-1], group_size)
-    return weight.reshape(*weight.shape[:-1], weight.shape[-1] // width, width)
+    grouped = weight.detach().float().reshape(*weight.shape[:-1], weight.shape[-1] // width, width)
+    s = _scales(grouped.abs(), group_size, scale)
+    return (grouped / s).round_().clamp_(-1.0, 1.0), s
 
 
 class _Ternarise(torch.autograd.Function):
@@ -101,9 +102,8 @@ class _Ternarise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, group_size: int | str, scale: str, mix: float) -> Tensor:
-        grouped = _grouped(weight.detach().float(), group_size)
-        s = _scales(grouped.abs(), group_size, scale)
-        ternary = (grouped / s).round_().clamp_(-1.0, 1.0).mul_(s).reshape(weight.shape)
+        codes, s = _codes_and_scales(weight, group_size, scale)
+        ternary = codes.mul_(s).reshape(weight.shape)
         if mix < 1.0:
             ternary = torch.lerp(weight.detach().float(), ternary, mix)
         return ternary.to(weight.dtype)

@@ -56,13 +56,12 @@ def open_cached(recipe: Recipe, tokenizer: LoadedTokenizer, rows: PackedDataset)
     cache = TeacherCache(recipe.cache_dir, rows.split)
     require_same(cache.manifest["tokenizer"], tokenizer.hash, f"cache {cache.folder}", f"tokenizer {tokenizer.name}")
     cache.check(rows, recipe.dataset.attention)
-    loss = recipe.loss
-    for key, value in (("temperature", loss.end("temperature")), ("temperature_initial", loss.temperature_initial)):
-        if value is not None and value not in cache.temperatures:
-            raise ConfigError(
-                f"loss.{key} is {value} and the cache {cache.folder} declares {list(cache.temperatures)}. "
-                "Use one of these, or make a cache with teacher.temperatures."
-            )
+    missing = recipe.loss.undeclared(cache.temperatures)
+    if missing is not None:
+        raise ConfigError(
+            f"loss.{missing[0]} is {missing[1]} and the cache {cache.folder} declares {list(cache.temperatures)}. "
+            "Use one of these, or make a cache with teacher.temperatures."
+        )
     return cache
 
 

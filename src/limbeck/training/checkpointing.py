@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from limbeck.console import say, warn
-from limbeck.errors import ConfigError, LimbeckError
-from limbeck.storage import fsync_tree, read_json, write_json
+from limbeck.errors import LimbeckError
+from limbeck.storage import read_json, write_json
 from limbeck.training.checkpoints import (
     BEST,
     PROGRESS,
@@ -24,11 +24,13 @@ from limbeck.training.checkpoints import (
     first_failure,
     last_size,
     newest,
+    other_groups,
     partial_folder,
     publish_model,
     room_for,
     rotate,
 )
+from limbeck.training.guard import DivergedError
 
 
 class CheckpointingTrainer(Trainer):
@@ -118,7 +120,16 @@ class CheckpointingTrainer(Trainer):
             state.best_global_step, state.best_metric, state.best_model_checkpoint = self._saved_best
 
     def _refuse_ruins(self) -> None:
-        """Nothing is saved whose weights are not numbers; overridden where that is known."""
+        """Nothing is saved whose weights are not numbers."""
+        finite = all(bool(torch.isfinite(p.detach()).all()) for p in self.model.parameters())
+        step = self.state.global_step
+        problem = None if finite else f"after step {step} the weights are not finite"
+        if (problem := self._first_of_any_rank(problem)) is not None:
+            raise DivergedError(
+                f"{problem}: the last update was too large, and nothing is saved over. training.learning_rate is "
+                f"{self.args.learning_rate:g}, warm-up {self.args.warmup_steps} steps; lower the rate or lengthen the "
+                "warm-up and run again: it continues from the newest checkpoint, or starts over with changed keys."
+            )
 
     def _took(self, seconds: float) -> None:
         """A save's time is no training time; for the throughput."""
@@ -162,7 +173,6 @@ class CheckpointingTrainer(Trainer):
             pieces += [
                 lambda: self.state.save_to_json(str(partial / "trainer_state.json")),
                 lambda: write_json(partial / PROGRESS, progress),
-                lambda: fsync_tree(partial),
             ]
         return first_failure(pieces)
 
@@ -238,7 +248,7 @@ class CheckpointingTrainer(Trainer):
             "last_logged": self._globalstep_last_logged,
             "settings": self.settings_id,
             "settings_began": self.settings_began,
-            "groups": [str(group.get("name")) for group in self.optimizer.param_groups],
+            "groups": group_names(self.optimizer),
         }
 
     def restore_progress(self, state: dict[str, Any]) -> None:
@@ -254,21 +264,13 @@ class CheckpointingTrainer(Trainer):
         """
         optimizer = self.optimizer
         own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        names = group_names(optimizer)
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
-        except ValueError as error:
-            raise ConfigError(
-                f"{checkpoint} was saved with other optimizer groups than this run's {[g.get('name') for g in own]} "
-                f"({error}). Resume with its optimizer and parameter_lr_multipliers, or start from its weights alone "
-                f"with student.model: {checkpoint}."
-            ) from None
-        saved = [group.get("name") for group in optimizer.param_groups]
-        if saved != [group.get("name") for group in own]:
-            raise ConfigError(
-                f"{checkpoint} was saved with the optimizer groups {saved} and this run has "
-                f"{[group.get('name') for group in own]}. Resume with the same optimizer and parameter_lr_multipliers, "
-                f"or start from its weights alone with student.model: {checkpoint}."
-            )
+        except ValueError as error:  # torch counts tensors where names alone would pass
+            raise other_groups(checkpoint, str(error), names) from None
+        if group_names(optimizer) != names:
+            raise other_groups(checkpoint, group_names(optimizer), names)
         if self._settings_changed:
             for group, fresh in zip(optimizer.param_groups, own, strict=True):
                 group.update(fresh)
@@ -292,8 +294,14 @@ class CheckpointingTrainer(Trainer):
         self._load_weights(self.state.best_model_checkpoint) or super()._load_best_model()
 
     def _load_weights(self, checkpoint: str | None) -> bool:
-        """True when the weights were loaded here."""
-        return False
+        """Load weights through `from_pretrained`; False for sharded models, which are the Trainer's business."""
+        base = self.accelerator.unwrap_model(self.model)
+        if checkpoint is None or not isinstance(base, PreTrainedModel) or self.is_fsdp_enabled:
+            return False
+        dtype = next(base.parameters()).dtype
+        saved = type(base).from_pretrained(checkpoint, dtype=dtype, use_safetensors=True)
+        base.load_state_dict(saved.state_dict(), strict=True)
+        return True
 
 
 class _RestoreProgress(TrainerCallback):
@@ -306,6 +314,11 @@ class _RestoreProgress(TrainerCallback):
         """Restore, unless this is a fresh start or a change of settings."""
         if self._trainer._saved_progress and not self._trainer._settings_changed:
             self._trainer.restore_progress(self._trainer._saved_progress)
+
+
+def group_names(optimizer: Any) -> list[str]:
+    """Names of an optimizer's groups, in order."""
+    return [str(group.get("name")) for group in optimizer.param_groups]
 
 
 def _megabytes(size: int) -> str:

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from limbeck.errors import CorruptError, LimbeckError
+from limbeck.errors import ConfigError, CorruptError, LimbeckError
 from limbeck.storage import (
     MANIFEST,
     atomic_write_text,
@@ -38,8 +38,8 @@ def partial_folder(folder: Path, step: int) -> Path:
     return folder / f".step_{step}.tmp"
 
 
-def commit(folder: Path, step: int) -> tuple[Path, int]:
-    """Seal the written checkpoint, put it into place and point `latest` at it; returns it and its bytes."""
+def commit(folder: Path, step: int) -> None:
+    """Flush and seal the written checkpoint, put it into place and point `latest` at it."""
     partial, final = partial_folder(folder, step), folder / f"step_{step}"
     files = [path for path in fsync_tree(partial) if path.name != MANIFEST]
     size = sum(path.stat().st_size for path in files)
@@ -50,7 +50,6 @@ def commit(folder: Path, step: int) -> tuple[Path, int]:
     partial.rename(final)
     fsync_folder(folder)
     atomic_write_text(folder / LATEST, f"step_{step}\n")
-    return final, size
 
 
 def remove(checkpoint: Path) -> None:
@@ -150,6 +149,14 @@ def resolve_resume(path: Path) -> Path:
             "folder or a run's folder; to start from weights alone set student.model."
         )
     return found
+
+
+def other_groups(checkpoint: Path | str | None, saved: object, wanted: list[str]) -> ConfigError:
+    """The refusal of a checkpoint whose optimizer can not go on with these groups."""
+    return ConfigError(
+        f"{checkpoint} was saved with the optimizer groups {saved} and this run has {wanted}. Resume with the same "
+        f"optimizer and parameter_lr_multipliers, or start from its weights alone with student.model: {checkpoint}."
+    )
 
 
 def checkpoint_step(path: Path) -> int:

@@ -20,6 +20,9 @@ class StepMetrics:
     """Sums since the last log line; `drain` turns them into what is logged."""
 
     def __init__(self) -> None:
+        self._start_over()
+
+    def _start_over(self) -> None:
         self._sums = torch.zeros(len(_PARTS), dtype=torch.float64)
         self._load: torch.Tensor | None = None
         self._seconds = {"teacher": 0.0, "data": 0.0}
@@ -88,7 +91,7 @@ class StepMetrics:
             load = (reduce(self._load) / tokens).tolist()
             logs.update({f"expert_load/{expert:03d}": share for expert, share in enumerate(load)})
         logs["memory_gb"] = _memory_bytes() / 1e9
-        self.__init__()  # type: ignore[misc]
+        self._start_over()
         return logs
 
     def state(self, reduce: Reduce) -> dict[str, Any]:

@@ -13,13 +13,13 @@ import yaml
 
 from limbeck.config import Recipe
 from limbeck.console import say
-from limbeck.errors import ConfigError
 from limbeck.storage import INPUTS, MANIFEST, StageFolder, atomic_write_text, read_json, write_json
 from limbeck.training.checkpoints import (
     PROGRESS,
     checkpoint_step,
     forget_after,
     newest,
+    other_groups,
     remove_partial,
     resolve_resume,
     steps,
@@ -100,7 +100,4 @@ def require_groups(checkpoint: Path, groups: list[str]) -> None:
     path = checkpoint / PROGRESS
     saved = read_json(path).get("groups") if path.is_file() else None
     if saved is not None and saved != groups:
-        raise ConfigError(
-            f"{checkpoint} was saved with the optimizer groups {saved} and this run has {groups}. Resume with the same "
-            f"optimizer and parameter_lr_multipliers, or start from its weights alone with student.model: {checkpoint}."
-        )
+        raise other_groups(checkpoint, saved, groups)

@@ -25,7 +25,7 @@ from limbeck.config import Recipe
 from limbeck.console import say, warn
 from limbeck.data.dataset import PackedDataset
 from limbeck.data.tokenizer import LoadedTokenizer, recipe_tokenizer
-from limbeck.errors import ConfigError, LimbeckError
+from limbeck.errors import LimbeckError
 from limbeck.models import embedded_vocab_size, model_identity, require_packing
 from limbeck.optim.groups import build_groups, describe_groups
 from limbeck.optim.schedules import schedule_arguments
@@ -36,6 +36,7 @@ from limbeck.teachers.choose import open_teacher, teacher_inputs
 from limbeck.training.advice import advise
 from limbeck.training.checkpoints import BEST, checkpoint_step, newest, publish_model
 from limbeck.training.resume import begin
+from limbeck.training.ternarisation import check_warmup
 
 _USERS_LOGGING_DIR = os.environ.get("TENSORBOARD_LOGGING_DIR")
 
@@ -90,7 +91,8 @@ def train_one(
     stage = StageFolder(folder, "train", train_inputs(recipe, rows, begun_from), aside)
     main = ranks.rank() == 0
     if main:
-        _ = force or stage.bring_back()
+        if not force:
+            stage.bring_back()
     else:
         ranks.wait_until(lambda: stage.recorded() == stage.fingerprint, f"rank 0 to begin {folder}")
     if stage.is_done() and recipe.training.resume_from is None and not force:
@@ -125,12 +127,7 @@ def check_plan(recipe: Recipe, student: Any, rows: PackedDataset) -> list[str]:
     batches = math.ceil(len(rows) / (training.per_device_train_batch_size * ranks.world_size()))
     updates = max(1, math.ceil(batches / training.gradient_accumulation_steps))
     total = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * updates)
-    warmup = recipe.student.ternary.warmup_steps if recipe.student.ternary else 0
-    if warmup > total:
-        raise ConfigError(
-            f"student.ternary.warmup_steps is {warmup} and the run has {total} steps: its weights would never be "
-            "wholly ternary. Train longer, or shorten the warm-up."
-        )
+    check_warmup(recipe.student.ternary.warmup_steps if recipe.student.ternary else 0, total)
     schedule_arguments(
         training.lr_scheduler_type,
         total,

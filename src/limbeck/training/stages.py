@@ -23,7 +23,6 @@ from limbeck.storage import (
     StageFolder,
     fingerprint,
     read_json,
-    sha256_file,
     write_json,
     write_manifest,
 )
@@ -119,7 +118,4 @@ def _publish(outer: StageFolder, last: Path, names: list[str]) -> dict[str, Any]
     with contextlib.suppress(FileNotFoundError):
         publish_model(last / BEST, outer.path / BEST)
     of_last = read_json(last / MANIFEST)
-    weights = {p.name: sha256_file(p) for p in sorted((outer.path / "final").glob("*.safetensors"))}
-    return write_manifest(
-        outer.path, {**of_last, "fingerprint": outer.fingerprint, "weights": weights, "stages": names}
-    )
+    return write_manifest(outer.path, {**of_last, "fingerprint": outer.fingerprint, "stages": names})

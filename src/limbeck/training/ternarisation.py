@@ -13,6 +13,19 @@ from limbeck.errors import ConfigError
 from limbeck.students.ternary import TernaryState, quantise, ternary_weights
 
 
+def check_warmup(steps: int, total: int) -> None:
+    """Refuse a warm-up that a run never finishes.
+
+    Raises:
+        ConfigError: names both lengths.
+    """
+    if steps > total:
+        raise ConfigError(
+            f"student.ternary.warmup_steps is {steps} and the run has {total} steps: its weights would never be "
+            "wholly ternary. Train longer, or shorten the warm-up."
+        )
+
+
 class TernaryWatch(TrainerCallback):
     """Sets λ at each step, and measures zeros and flips between log lines.
 
@@ -32,11 +45,7 @@ class TernaryWatch(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refuse a warm-up that the run never finishes; note the codes it starts from."""
-        if self._warmup > state.max_steps:
-            raise ConfigError(
-                f"student.ternary.warmup_steps is {self._warmup} and the run has {state.max_steps} steps: its weights "
-                "would never be wholly ternary. Train longer, or shorten the warm-up."
-            )
+        check_warmup(self._warmup, state.max_steps)
         self._codes = {name: self._quantised(weight) for name, weight in ternary_weights(self._model)}
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PrinterCallback, get_scheduler
+from transformers import PrinterCallback, get_scheduler
 
 from limbeck.config import OptimizerConfig, SaddleConfig
 from limbeck.data.dataset import PackedDataset, PackedRows
@@ -37,7 +37,7 @@ from limbeck.training.callbacks import LogLines
 from limbeck.training.checkpointing import CheckpointingTrainer
 from limbeck.training.collate import RowCollator
 from limbeck.training.dashboard import Dashboard, wants_dashboard
-from limbeck.training.guard import DivergedError, StepGuard
+from limbeck.training.guard import StepGuard
 from limbeck.training.head import LossRequest, attach_fused_loss
 from limbeck.training.metrics import StepMetrics
 from limbeck.training.saddle import SaddleCallback
@@ -332,17 +332,6 @@ class DistillationTrainer(CheckpointingTrainer):
         model.train()
         return loss
 
-    def _refuse_ruins(self) -> None:
-        finite = all(bool(torch.isfinite(p.detach()).all()) for p in self.model.parameters())
-        step = self.state.global_step
-        problem = None if finite else f"after step {step} the weights are not finite"
-        if (problem := self._first_of_any_rank(problem)) is not None:
-            raise DivergedError(
-                f"{problem}: the last update was too large, and nothing is saved over. training.learning_rate is "
-                f"{self.args.learning_rate:g}, warm-up {self.args.warmup_steps} steps; lower the rate or lengthen the "
-                "warm-up and run again: it continues from the newest checkpoint, or starts over with changed keys."
-            )
-
     def _took(self, seconds: float) -> None:
         self.metrics.skip(seconds)
 
@@ -366,16 +355,6 @@ class DistillationTrainer(CheckpointingTrainer):
         self.metrics.restore(state["metrics"], main=self.is_world_process_zero())
         if self.saddle is not None and state["saddle"] is not None:
             self.saddle.restore(state["saddle"])
-
-    def _load_weights(self, checkpoint: str | None) -> bool:
-        """Load weights through `from_pretrained`; False for sharded models, which are the Trainer's business."""
-        base = self.accelerator.unwrap_model(self.model)
-        if checkpoint is None or not isinstance(base, PreTrainedModel) or self.is_fsdp_enabled:
-            return False
-        dtype = next(base.parameters()).dtype
-        saved = type(base).from_pretrained(checkpoint, dtype=dtype, use_safetensors=True)
-        base.load_state_dict(saved.state_dict(), strict=True)
-        return True
 
 
 def _check_teacher(teacher: Teacher, args: DistillationArguments, train_dataset: Any) -> None:
