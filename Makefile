@@ -24,11 +24,11 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 verify: $(VENV)/.verify
-	$(BIN)/python -m pytest tests/e2e/test_llama_cpp.py -m slow
+	$(BIN)/python -m pytest tests/e2e/test_llama_cpp.py tests/e2e/test_openai_echo.py -m slow
 
 bench: $(VENV)/.bench
 	mkdir -p benchmarks/results
-	for name in loss cache pack train ternary; do \
+	for name in loss cache pack train ternary remote; do \
 		$(BIN)/python benchmarks/$$name.py --json > benchmarks/results/$$name.json || exit 1; \
 		cat benchmarks/results/$$name.json; \
 	done

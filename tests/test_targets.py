@@ -90,7 +90,7 @@ def test_codec_is_deterministic_and_stores_what_it_says():
     first, second = encode(targets, spec), encode(targets, spec)
     assert all(np.array_equal(first[name], second[name]) for name in first)
     assert sum(value.nbytes for value in first.values()) / 64 == 176.0
-    assert spec.low_bits == 11
+    assert spec.ids.low_bits == 11
 
 
 def test_codec_refuses_k_above_v_and_notices_damage():

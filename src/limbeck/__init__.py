@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from limbeck.targets.sparse import SparseTargets
     from limbeck.targets.store import TeacherCache
     from limbeck.teachers.local import LocalTeacher
+    from limbeck.teachers.remote import RemoteTeacher
     from limbeck.training.arguments import DistillationArguments
     from limbeck.training.trainer import DistillationTrainer
 
@@ -26,6 +27,7 @@ _EXPORTS = {
     "fused_distillation_loss": "limbeck.losses.fused",
     "TeacherCache": "limbeck.targets.store",
     "LocalTeacher": "limbeck.teachers.local",
+    "RemoteTeacher": "limbeck.teachers.remote",
     "DistillationArguments": "limbeck.training.arguments",
     "DistillationTrainer": "limbeck.training.trainer",
 }
@@ -34,6 +36,7 @@ __all__ = [
     "DistillationArguments",
     "DistillationTrainer",
     "LocalTeacher",
+    "RemoteTeacher",
     "SparseTargets",
     "TeacherCache",
     "fused_distillation_loss",

@@ -50,6 +50,35 @@ _SUBCOMMANDS: dict[str, _Subcommand] = {
         ("dry-run", "force", "skip-existing"),
         {"output-dir": "teacher.cache_dir", "batch-size": "teacher.batch_size", "device": "teacher.device"},
     ),
+    "teacher probe": _Subcommand(
+        "teacher_probe",
+        "find out what an endpoint speaks and gives, test its alignment, measure it",
+        (),
+        {
+            "endpoint": "teacher.endpoint",
+            "protocol": "teacher.protocol",
+            "model": "teacher.model",
+            "api-key-env": "teacher.api_key_env",
+        },
+        positional="teacher.endpoint",
+    ),
+    "teacher serve": _Subcommand(
+        "teacher_serve",
+        "serve a model's targets over HTTP",
+        (),
+        {
+            "model": "teacher.model",
+            "dtype": "teacher.dtype",
+            "device": "teacher.device",
+            "max-batch-tokens": "teacher.max_batch_tokens",
+            "host": "teacher_server.host",
+            "port": "teacher_server.port",
+            "quantization": "teacher_server.quantization",
+            "adapter": "teacher_server.adapter",
+            "api-key-env": "teacher_server.api_key_env",
+        },
+        positional="teacher.model",
+    ),
     "train": _Subcommand(
         "train",
         "train the student, with its teacher or with cross-entropy alone",
@@ -100,14 +129,20 @@ _SUBCOMMANDS: dict[str, _Subcommand] = {
 }
 
 
-def _usage() -> str:
-    width = max(map(len, _SUBCOMMANDS))
-    commands = "\n".join(f"  {name:<{width}}  {sub.help}" for name, sub in _SUBCOMMANDS.items())
+#: How usage names a bare first word, by the key that it sets.
+_WORDS = {"teacher.endpoint": "[URL]", "teacher.model": "[MODEL]", "export.input": "[PATH]"}
+
+
+def _usage(group: str = "") -> str:
+    shown = {name: sub for name, sub in _SUBCOMMANDS.items() if name.startswith(group)}
+    width = max(map(len, shown))
+    commands = "\n".join(f"  {name:<{width}}  {sub.help}" for name, sub in shown.items())
     return (
         "usage: limbeck COMMAND [RECIPE.yaml] [--section.key value …] [--json]\n\n"
         "Distil large language models into small ones that run anywhere.\n\n"
         f"commands:\n{commands}\n\n"
-        "`limbeck COMMAND --help` lists every key. Exit codes: 0 done, 1 failed, 2 bad usage or configuration."
+        "`limbeck COMMAND --help` lists every key. Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 130 "
+        "interrupted, 143 terminated."
     )
 
 
@@ -122,6 +157,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         sys.stdout.write(f"limbeck {__version__}\n")
         return 0
+    if any(name.startswith(words[0] + " ") for name in _SUBCOMMANDS) and words[1:] in ([], ["--help"], ["-h"]):
+        sys.stdout.write(_usage(words[0] + " ") + "\n")
+        return 0 if words[1:] else 2
     as_json = "--json" in words
     signal.signal(signal.SIGTERM, _terminated)
     try:
@@ -165,8 +203,10 @@ def _execute(name: str, words: list[str], as_json: bool) -> int:
         from limbeck.commands import key_help
 
         switches = "".join(f" [--{switch}]" for switch in sub.switches)
-        title = f"usage: limbeck {name} [RECIPE.yaml] [--config RECIPE.yaml]{switches} [--json] [--key value …]"
-        sys.stdout.write(f"{title}\n\n{sub.help}\n\nkeys:\n{key_help({**ALIASES, **sub.aliases})}\n")
+        word = _WORDS.get(sub.positional, "[RECIPE.yaml]")
+        title = f"usage: limbeck {name} {word} [--config RECIPE.yaml]{switches} [--json] [--key value …]"
+        own = f"flags of this command:\n{key_help(sub.aliases, only=True)}\n\n" if sub.aliases else ""
+        sys.stdout.write(f"{title}\n\n{sub.help}\n\n{own}keys:\n{key_help({**ALIASES, **sub.aliases})}\n")
         return 0
     path, switches_given, flags = _split(name, sub, words)
     overrides = parse_flags(flags, sub.aliases, f"limbeck {name}")

@@ -48,6 +48,22 @@ def teacher_cache(recipe: Recipe, options: Options) -> Result:
     return _pipeline(_for_caching(recipe), "cache", options)
 
 
+def teacher_probe(recipe: Recipe, options: Options) -> Result:
+    """Find out what an endpoint speaks and gives."""
+    from limbeck.teachers.probe import probe, report_text
+
+    found = probe(recipe)
+    return Result(found, report_text(found))
+
+
+def teacher_serve(recipe: Recipe, options: Options) -> Result:
+    """Serve the teacher until stopped."""
+    from limbeck.teachers.server.run import serve
+
+    found = serve(recipe)
+    return Result(found, f"{found['model']} was served at {found['url']}")
+
+
 def train(recipe: Recipe, options: Options) -> Result:
     """Train the student (making what it needs first)."""
     return _pipeline(recipe, "train", options)
@@ -164,10 +180,12 @@ def config_show(recipe: Recipe, options: Options) -> Result:
 Command = Callable[[Recipe, Options], Result]
 
 
-def key_help(aliases: dict[str, str]) -> str:
-    """Every key with its default, meaning and other spellings."""
+def key_help(aliases: dict[str, str], *, only: bool = False) -> str:
+    """Every key (or `only` those with an alias) with its default, meaning and other spellings."""
     lines = []
     for key, field in keys():
+        if only and key not in aliases.values():
+            continue
         default = field.get_default(call_default_factory=True)
         names = [f"--{alias}" for alias, target in aliases.items() if target == key]
         also = f" (also {', '.join(names)})" if names else ""

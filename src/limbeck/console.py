@@ -5,6 +5,7 @@ Everything here goes to stderr; stdout carries a command's result alone (`--json
 
 import logging
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -19,9 +20,17 @@ class Progress(Protocol):
         """Move the bar by `amount` units."""
 
 
-class _Quiet:
+class _Lines:
+    """Where there is no terminal: a line a minute, so that a night's work does not look hung."""
+
+    def __init__(self, label: str, total: float | None) -> None:
+        self._label, self._total, self._done, self._said = label, total, 0.0, time.monotonic()
+
     def advance(self, amount: float = 1) -> None:
-        """Show nothing: the place to show it is not a terminal."""
+        self._done += amount
+        if time.monotonic() - self._said > 60.0:
+            self._said = time.monotonic()
+            say(f"{self._label}: {self._done:,.0f}" + (f" of {self._total:,.0f}" if self._total else ""))
 
 
 class _Bar:
@@ -34,9 +43,9 @@ class _Bar:
 
 @contextmanager
 def progress(label: str, total: float | None) -> Iterator[Progress]:
-    """A rich progress bar on stderr when it is a terminal, nothing otherwise."""
+    """A rich progress bar on stderr when it is a terminal, a line a minute otherwise."""
     if not sys.stderr.isatty():
-        yield _Quiet()
+        yield _Lines(label, total)
         return
     from rich.console import Console
     from rich.progress import (

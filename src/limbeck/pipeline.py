@@ -93,7 +93,7 @@ def build_nodes(recipe: Recipe) -> list[Node]:
         known = {node.name for node in nodes}
         if f"pack{own.data_name}" not in known:
             nodes.append(_pack_node(own, nodes))
-        if own.distils and own.teacher.use_cached_logits and f"cache{own.data_name}" not in known:
+        if own.distils and own.teacher.reads_cache and f"cache{own.data_name}" not in known:
             nodes.append(_cache_node(own))
     packed = tuple(node.name for node in nodes if node.name.startswith("pack"))
     made = tuple(node.name for node in nodes if node.name.startswith(("pack", "cache")))
@@ -158,7 +158,8 @@ def _cache_node(recipe: Recipe) -> Node:
         from limbeck.teachers.build_cache import cache_inputs
 
         path = recipe.cache_dir / INPUTS
-        if recipe.teacher.model is None and path.exists():  # a cache brought from elsewhere, without its teacher
+        gone = recipe.teacher.model is None and not recipe.teacher.is_remote
+        if gone and path.exists():  # a cache brought from elsewhere, without its teacher
             return dict(read_json(path)["inputs"])
         return cache_inputs(recipe)
 
@@ -190,7 +191,7 @@ def _train_node(recipe: Recipe, name: str, folder: Path, after: tuple[str, ...])
 
 def _evaluate_node(recipe: Recipe, students: dict[str, Path], after: tuple[str, ...]) -> Node:
     def inputs() -> dict[str, Any]:
-        teacher = recipe.teacher.model
+        teacher = None if recipe.teacher.is_remote else recipe.teacher.model
         return {
             "packed": read_manifest(recipe.packed_dir, "data pack")["fingerprint"],
             "students": {name: read_manifest(folder, "train")["weights"] for name, folder in students.items()},
@@ -368,6 +369,9 @@ def _check_ahead(recipe: Recipe, names: set[str], force: bool) -> None:
         raise ConfigError("dataset.validation_fraction is 0 and the run ends with held-out scores; raise it.")
     if force and ranks.world_size() > 1:
         raise ConfigError("--force starts over in one process; run it once without torchrun first.")
+    asked = any(name.startswith(("train", "cache")) for name in names)
+    if asked and recipe.distils and recipe.teacher.is_remote and ranks.rank() == 0:
+        _check_remote(recipe)
     if "train" in names:
         for tracker in recipe.training.report_to:
             if find_spec(tracker) is None:
@@ -375,6 +379,18 @@ def _check_ahead(recipe: Recipe, names: set[str], force: bool) -> None:
                     f"training.report_to names {tracker}, which is not installed. Install it "
                     f"(`pip install {tracker}`), or set report_to to []."
                 )
+
+
+def _check_remote(recipe: Recipe) -> None:
+    """Find out before hours of tokenising whether the endpoint is there and can give what the recipe wants.
+
+    One that has answered in this run before may be gone: what is finished needs it no more.
+    """
+    from limbeck.teachers.choose import open_remote
+    from limbeck.teachers.identity import was_asked
+
+    if recipe.tokenizer.train_vocab_size is None and not was_asked(recipe):  # else its tokenizer is still to be made
+        open_remote(recipe, recipe_tokenizer(recipe), quiet=True).close()
 
 
 def _check_held_out(recipe: Recipe, *, needed: bool) -> None:

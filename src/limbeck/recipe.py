@@ -48,6 +48,9 @@ ALIASES: Mapping[str, str] = {
     "device": "training.device",
     "report-to": "training.report_to",
     "teacher-model": "teacher.model",
+    "teacher-endpoint": "teacher.endpoint",
+    "parallel": "teacher.parallel",
+    "micro-batches": "teacher.micro_batches",
     "top-k": "teacher.top_k",
     "teacher-topk": "teacher.top_k",
     "cache-dir": "teacher.cache_dir",
@@ -120,7 +123,7 @@ def parse_flags(
         key = flag.replace("-", "_") if "." in flag else aliases.get(flag.replace("_", "-"), flag.replace("-", "_"))
         if not (key in known or key.startswith("student.config.")):
             candidates = [*known, *aliases]
-            raise ConfigError(f"{command}: unknown flag --{flag}{_nearest(flag, candidates, '--')}.")
+            raise ConfigError(f"{command}: unknown flag --{flag}{_nearest(flag, candidates, '--') or '.'}")
         if not equals:
             if position < len(arguments) and not arguments[position].startswith("--"):
                 value = arguments[position]

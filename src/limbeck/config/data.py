@@ -1,13 +1,16 @@
 """Sections about text, tokenizer, teacher and student model."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from limbeck.config.base import Count, Fraction, Positive, Section, Seed
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
+Protocol = Literal["auto", "limbeck", "user", "topk", "vllm", "sglang", "trl", "openai-echo"]
+EnvironmentName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
 
 class DatasetConfig(Section):
@@ -70,15 +73,22 @@ class SamplingConfig(Section):
 
 
 class TeacherConfig(Section):
-    """The model that is distilled, and what is kept of its predictions."""
+    """The model that is distilled, where it runs, and what is kept of its predictions."""
 
+    kind: Literal["local", "remote"] | None = Field(
+        None, description="In this process, or behind HTTP; default remote when there is an endpoint."
+    )
     model: str | None = Field(
-        None, description="Folder or hub id of a causal LM; `tiny-python` is the model in the package."
+        None,
+        description="Folder or hub id of a causal LM; `tiny-python` is the model in the package. Of a remote teacher "
+        "only the tokenizer is taken from here (and by `teacher probe` the weights, to compare).",
     )
     revision: str | None = Field(None, description="Commit or tag of a hub model.")
     trust_remote_code: bool = Field(False, description="Run the model repository's own Python code.")
-    use_cached_logits: bool = Field(
-        True, description="Read targets from cache_dir (true) or run the teacher beside the student (false)."
+    use_cached_logits: bool | None = Field(
+        None,
+        description="Read targets from cache_dir (true) or ask the teacher during training (false); default true for a "
+        "local teacher, false for a remote one.",
     )
     cache_dir: Path | None = Field(None, description="Folder of cached targets; default OUTPUT_DIR/cache.")
     top_k: PositiveInt | None = Field(64, description="Token ids kept per position; null keeps the vocabulary.")
@@ -102,6 +112,72 @@ class TeacherConfig(Section):
     splits: list[Literal["train", "validation"]] = Field(
         ["train", "validation"], description="Splits of the packed data to cache.", min_length=1
     )
+    endpoint: list[str] = Field(
+        default_factory=list,
+        description="URL of a remote teacher, or several (commas between them) that serve the same model.",
+    )
+    protocol: Protocol = Field("auto", description="What the endpoint speaks; `auto` asks it.")
+    served_model: str | None = Field(None, description="Name to ask the endpoint for; default the first it lists.")
+    api_key_env: EnvironmentName | None = Field(
+        None, description="Environment variable that holds the endpoint's key (sent as a Bearer token)."
+    )
+    timeout: Positive = Field(120.0, description="Seconds that one request may take.")
+    retries: Count = Field(
+        14, description="Further tries of a failed request, with pauses that grow to 30 s: 14 wait about four minutes."
+    )
+    max_concurrent: PositiveInt = Field(8, description="Requests in flight at one endpoint.")
+    max_request_tokens: PositiveInt = Field(8192, description="Tokens in one request; larger batches are cut.")
+    parallel: bool = Field(True, description="Ask for the next micro-batches while the student works.")
+    micro_batches: PositiveInt = Field(8, description="Micro-batches whose targets are asked for ahead.")
+    logprobs: Literal["float16", "float32"] = Field(
+        "float16", description="Precision of log-probabilities on the wire (protocol limbeck)."
+    )
+    reproducible: bool = Field(
+        True,
+        description="Rows share no forward pass with other requests at the server (protocol limbeck), so the same rows "
+        "always get the same bits.",
+    )
+    tail: Literal["exact", "approximate"] = Field(
+        "exact",
+        description="What to do where a protocol cannot tell the mass outside the ids: refuse, or estimate it from the "
+        "ids and their mass at temperature 1.",
+    )
+    vocab_size: PositiveInt | None = Field(
+        None, description="Ids that a remote teacher's logits have; default what it says, or the tokenizer's."
+    )
+
+    @field_validator("endpoint", mode="before")
+    @classmethod
+    def _urls(cls, value: Any) -> Any:
+        words = re.split(r"[,\s]+", value.strip()) if isinstance(value, str) else value
+        for url in words if isinstance(words, list) else []:
+            if not isinstance(url, str) or not re.match(r"^https?://[^/\s]+", url):
+                raise ValueError(f"{url!r} is no URL; write http://HOST:PORT or https://HOST")
+            if "@" in url.split("//", 1)[1].partition("/")[0]:
+                raise ValueError("an endpoint must not hold a user or a key; name a variable in teacher.api_key_env")
+        return [url.rstrip("/") for url in words] if isinstance(words, list) else words
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "TeacherConfig":
+        if self.kind == "local" and self.endpoint:
+            raise ValueError(f"teacher.kind is local and teacher.endpoint is {self.endpoint[0]}; remove one of them")
+        if self.kind == "remote" and not self.endpoint:
+            raise ValueError("teacher.kind is remote and teacher.endpoint is not set; give its URL")
+        if self.endpoint and self.sampling is not None and self.protocol not in ("auto", "limbeck"):
+            raise ValueError(
+                f"teacher.sampling needs protocol limbeck and teacher.protocol is {self.protocol}; use teacher.top_k"
+            )
+        return self
+
+    @property
+    def is_remote(self) -> bool:
+        """True when the teacher answers over HTTP."""
+        return bool(self.endpoint)
+
+    @property
+    def reads_cache(self) -> bool:
+        """True when training reads targets from `cache_dir`."""
+        return not self.is_remote if self.use_cached_logits is None else self.use_cached_logits
 
     @model_validator(mode="after")
     def _sampling_replaces_top_k(self) -> "TeacherConfig":

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, PrivateAttr, ValidationError, model_validator
 
-from limbeck.config.base import Section, Seed
-from limbeck.config.data import DatasetConfig, StudentConfig, TeacherConfig, TokenizerConfig
+from limbeck.config.base import Positive, Section, Seed
+from limbeck.config.data import DatasetConfig, EnvironmentName, StudentConfig, TeacherConfig, TokenizerConfig
 from limbeck.config.training import (
     LossConfig,
     LRMultiplier,
@@ -58,6 +58,26 @@ class ExportConfig(Section):
     verify_tokens: PositiveInt = Field(1000, description="Held-out tokens that --verify runs through llama.cpp.")
 
 
+class TeacherServerConfig(Section):
+    """`limbeck teacher serve`: where it listens, and what it takes in at most."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="Port; 0 takes a free one and says which.")
+    quantization: Literal["fp8"] | None = Field(
+        None, description="`fp8`: hold matrices as float8 with a scale a row; half of bfloat16's memory."
+    )
+    adapter: Path | None = Field(None, description="Folder of a LoRA adapter (peft) merged into the model.")
+    api_key_env: EnvironmentName | None = Field(
+        None, description="Environment variable with the key that callers must send; default no key."
+    )
+    max_sequences: PositiveInt = Field(128, description="Sequences in one request.")
+    max_tokens: PositiveInt = Field(32768, description="Tokens in one request.")
+    max_top_k: PositiveInt = Field(1024, description="Largest K of a request.")
+    max_queue_tokens: PositiveInt = Field(262144, description="Tokens waiting before new requests are sent away.")
+    max_body_mb: Positive = Field(4.0, description="Size of a request's body.")
+    max_reply_mb: Positive = Field(256.0, description="Size of a reply.")
+
+
 class PipelineConfig(Section):
     """What `limbeck run` does beside the stages that the recipe's sections ask for."""
 
@@ -89,6 +109,9 @@ class Recipe(Section):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="Held-out scores.")
     generation: GenerationConfig = Field(default_factory=GenerationConfig, description="Generated sample.")
     export: ExportConfig = Field(default_factory=ExportConfig, description="Export.")
+    teacher_server: TeacherServerConfig = Field(
+        default_factory=TeacherServerConfig, description="`limbeck teacher serve`."
+    )
     pipeline: PipelineConfig = Field(default_factory=PipelineConfig, description="Extent of `limbeck run`.")
 
     _suffix: str = PrivateAttr("")  # of the data and cache folders of a stage with a dataset of its own

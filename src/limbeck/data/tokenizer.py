@@ -5,6 +5,7 @@ ids for every text, so teacher, cache, packed data and student are compared by t
 """
 
 import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -49,22 +50,27 @@ class LoadedTokenizer:
 
         Exact for byte-level and byte-fallback vocabularies, where every token is a fixed string of bytes.
         """
-        import json
+        special = set(self.hf.all_special_ids)
+        lengths = [0 if i in special else len(data) for i, data in enumerate(self.token_bytes())]
+        return np.array(lengths, dtype=np.int64)
+
+    def token_bytes(self) -> list[bytes]:
+        """The bytes that each id stands for; special tokens stand for their names."""
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
 
         decoder = json.loads(self.json).get("decoder") or {}
         byte_level = "ByteLevel" in json.dumps(decoder)
-        special = set(self.hf.all_special_ids)
-        lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        added = {index for index, token in self.hf.added_tokens_decoder.items()}
+        byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+        found = [b""] * self.vocab_size
         for token, index in self.hf.get_vocab().items():
-            if index in special:
-                continue
-            if byte_level:  # one printable character stands for one byte
-                lengths[index] = len(token)
+            if byte_level and index not in added:  # one printable character stands for one byte
+                found[index] = bytes(byte_of[character] for character in token)
             elif token.startswith("<0x") and token.endswith(">"):
-                lengths[index] = 1
+                found[index] = bytes([int(token[3:-1], 16)])
             else:
-                lengths[index] = len(token.replace("▁", " ").encode())
-        return lengths
+                found[index] = token.replace("▁", " ").encode()
+        return found
 
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> LoadedTokenizer:
@@ -101,6 +107,8 @@ def recipe_tokenizer(recipe: Recipe) -> LoadedTokenizer:
         if name is not None:
             remote_code = getattr(part, "trust_remote_code", False)
             return load_tokenizer(name, part.revision, remote_code)
+    if recipe.teacher.is_remote or recipe.teacher.cache_dir is not None:
+        raise ConfigError("no tokenizer: name the teacher's own, `--tokenizer FOLDER_OR_HUB_ID`.")
     raise ConfigError(
         "no tokenizer: tokenizer.name, tokenizer.train_vocab_size, teacher.model and student.model are all unset. "
         "Set one of them."

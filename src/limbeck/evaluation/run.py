@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.config import Recipe
+from limbeck.console import say
 from limbeck.data.dataset import PackedDataset
 from limbeck.data.tokenizer import LoadedTokenizer, load_tokenizer, recipe_tokenizer, require_same
 from limbeck.errors import LimbeckError
@@ -30,11 +31,13 @@ def evaluate_recipe(recipe: Recipe, models: dict[str, str]) -> dict[str, dict[st
     rows.check(tokenizer)
     teacher = None
     results: dict[str, dict[str, Any]] = {}
-    if recipe.teacher.model is not None:
+    if recipe.teacher.model is not None and not recipe.teacher.is_remote:
         section = recipe.teacher
         source: dict[str, Any] = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
         teacher = _load(recipe, recipe.teacher.model, tokenizer, section.dtype, section.device, **source)
         results["teacher"] = _scores(recipe, "teacher", teacher, rows, tokenizer, teacher)
+    if recipe.teacher.is_remote:
+        say("no KL to the teacher in the table: it is remote. The run's log has it for the held-out rows (eval_steps)")
     for name, folder in models.items():
         model = _load(recipe, folder, tokenizer, "auto", trust_remote_code=recipe.student.trust_remote_code)
         results[name] = _scores(recipe, name, model, rows, tokenizer, teacher)

@@ -142,7 +142,8 @@ class BlockLoss:
         part = self.targets[slice(start, start + count)]
         log_p, log_tail = self._log_p[start : start + count], self._log_tail[start : start + count]
         valid = part.valid
-        ids = torch.where(valid, part.token_ids, part.token_ids[:, :1]).long()  # unused places repeat the first id
+        # Unused places repeat the first id; where the teacher said nothing at all, id 0 stands in.
+        ids = torch.where(valid, part.token_ids, part.token_ids[:, :1].clamp_min(0)).long()
         top1 = ids.gather(1, torch.where(valid, log_p, -math.inf).argmax(dim=-1, keepdim=True)).squeeze(-1)
         if self.settings.tail == "renormalise":
             log_p = torch.log_softmax(torch.where(valid, log_p, -math.inf), dim=-1)
@@ -162,8 +163,9 @@ class BlockLoss:
         shared = tau == 1.0
         soft = z if shared else torch.mul(z, 1.0 / tau, out=scratch)
         soft.exp_()
-        e_support = torch.where(valid, (z_support / tau).exp(), 0.0)
-        soft.scatter_(1, teacher.ids, torch.zeros_like(e_support))
+        e_taken = (z_support / tau).exp()
+        e_support = torch.where(valid, e_taken, 0.0)
+        soft.scatter_(1, teacher.ids, torch.where(valid[:, :1], 0.0, e_taken))  # an empty support takes nothing
         tail_sum = soft.sum(dim=-1, keepdim=True)
         total = tail_sum + e_support.sum(dim=-1, keepdim=True)
         hard_total = total if shared else z.exp_().sum(dim=-1, keepdim=True)

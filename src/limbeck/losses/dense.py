@@ -47,13 +47,13 @@ def dense_distillation_loss(
     kept = targets.flatten().restrict_vocabulary(z.shape[-1])[valid]
     log_p, log_tail = kept.at_temperature(temperature)
     present = kept.valid
-    ids = torch.where(present, kept.token_ids, kept.token_ids[:, :1]).long()
+    ids = torch.where(present, kept.token_ids, kept.token_ids[:, :1].clamp_min(0)).long()
     log_q = (z / temperature).log_softmax(dim=-1).gather(1, ids)
     if kept.weights is not None:  # an unbiased estimate of the forward KL
         gap = torch.where(present, kept.weights * (log_p - log_q), 0.0).sum(dim=-1)
         return (1.0 - alpha) * ce + alpha * temperature**2 * gap.mean()
-    covered = torch.where(present, log_q, -math.inf).logsumexp(dim=-1, keepdim=True)
-    rest = torch.log1p(-covered.exp().clamp(max=1.0 - 1e-7))
+    covered = torch.where(present, log_q.exp(), 0.0).sum(dim=-1, keepdim=True)
+    rest = torch.log1p(-covered.clamp(max=1.0 - 1e-7))
     has_tail = log_tail.reshape(-1, 1) > -math.inf
     buckets = torch.cat([log_q, rest], dim=-1)
     mask = torch.cat([present, has_tail], dim=-1)

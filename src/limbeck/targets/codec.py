@@ -1,17 +1,15 @@
 """The cache's codec: K ids and log-probabilities of a position in about 160 bytes instead of 768.
 
-The one idea: ids are sorted and Elias–Fano coded (low bits plain, high bits unary; within half a bit an id
-of the entropy of K random ids), log-probabilities are 8-bit levels of sqrt(distance to the largest), so the
-likely ids get the fine steps; and the head's scale is not stored at all but follows from the exact tail
-mass, which is kept as a half-precision logit per temperature. Every position of a block has the same size,
-so decoding is a handful of NumPy calls over whole blocks.
+The one idea: ids are sorted and Elias–Fano coded, log-probabilities are 8-bit levels of sqrt(distance to the
+largest), so the likely ids get the fine steps; and the head's scale is not stored at all but follows from the exact
+tail mass, which is kept as a half-precision logit per temperature. Every position of a block has the same size, so
+decoding is a handful of NumPy calls over whole blocks.
 
     d_i = R (level_i / 255)²,  l_i = −d_i − logsumexp(−d) + log(1 − tail_1),
     log Z_τ = logsumexp(l / τ) − log(1 − tail_τ)
 
 Shapes: N positions, K support, V vocabulary, n_tau temperatures. Sections (all uint8 unless said):
-`low` [N, K·⌊l/8⌋] whole bytes of the l low bits; `bits` [N, (l mod 8)·⌈K/8⌉] the other low bits as planes;
-`high` [N, H] unary high parts; `levels` [N, K]; `range` [N] float16; `tails` [N, n_tau] float16;
+`low`, `bits`, `high` of `elias_fano`; `levels` [N, K]; `range` [N] float16; `tails` [N, n_tau] float16;
 `used` [N] uint16 when K varies; `draws` [N, K] uint16 for sampled tails.
 """
 
@@ -23,6 +21,7 @@ import numpy as np
 import torch
 
 from limbeck.errors import ConfigError, LimbeckError
+from limbeck.targets.elias_fano import IdLayout, decode_ids, encode_ids
 from limbeck.targets.sparse import PAD_ID, SparseTargets
 
 CODEC_VERSION = 1
@@ -65,14 +64,9 @@ class CodecSpec:
         return self.head, self.num_draws, self.sampling_temperature
 
     @property
-    def low_bits(self) -> int:
-        """l = ⌊log2(V / K)⌋, the optimum of Elias–Fano."""
-        return max(0, math.floor(math.log2(self.vocab_size / self.top_k)))
-
-    @property
-    def high_bits(self) -> int:
-        """Length of the unary part: a one for each id, a zero for each step of the high part."""
-        return self.top_k + ((self.vocab_size - 1) >> self.low_bits) + 1
+    def ids(self) -> IdLayout:
+        """How the ids are coded."""
+        return IdLayout(self.top_k, self.vocab_size)
 
 
 def encode(targets: SparseTargets, spec: CodecSpec) -> dict[str, Array]:
@@ -129,7 +123,8 @@ def _encode_block(
         draws = np.pad(draws, missing) if draws is not None else None
     sections: dict[str, Array] = {}
     # No float32 sum feels exp(-32); a masked id at -1e9 must not stretch the levels of the others.
-    distance = np.minimum(logprobs.max(axis=1, keepdims=True) - logprobs, _FARTHEST)
+    with np.errstate(invalid="ignore"):  # a position without support has nothing but -inf
+        distance = np.minimum(logprobs.max(axis=1, keepdims=True) - logprobs, _FARTHEST)
     if variable:
         unused = ids < 0
         sections["used"] = (spec.top_k - unused.sum(axis=1)).astype(np.uint16)
@@ -153,26 +148,8 @@ def _encode_block(
     else:
         keys.sort(axis=1)
     sections["levels"] = keys.astype(np.uint8)
-    sections.update(_encode_ids(keys >> 8, spec))
+    sections.update(encode_ids(keys >> 8, spec.ids))
     return sections
-
-
-def _encode_ids(ids: Array, spec: CodecSpec) -> dict[str, Array]:
-    count, low = len(ids), spec.low_bits
-    whole = [((ids >> (8 * i)) & 0xFF).astype(np.uint8) for i in range(low // 8)]
-    planes = [
-        np.packbits(((ids >> bit) & 1).astype(np.uint8), axis=1, bitorder="little") for bit in range(low // 8 * 8, low)
-    ]
-    width = -(-spec.high_bits // 8) * 8
-    unary = np.zeros((count, width), dtype=np.uint8)
-    places = (ids >> low) + np.arange(spec.top_k, dtype=np.uint32)
-    np.put_along_axis(unary, places.astype(np.int64), 1, axis=1)
-    empty = np.zeros((count, 0), dtype=np.uint8)
-    return {
-        "low": np.concatenate([empty, *whole], axis=1),
-        "bits": np.concatenate([empty, *planes], axis=1),
-        "high": np.packbits(unary, axis=1, bitorder="little"),
-    }
 
 
 def _ceil_half(values: Array) -> Array:
@@ -190,7 +167,7 @@ def decode(sections: dict[str, Array], spec: CodecSpec) -> SparseTargets:
     for start in range(0, count, _BLOCK):
         rows = slice(start, start + _BLOCK)
         block = {name: value[rows] for name, value in sections.items()}
-        _decode_ids(block, spec, ids[rows])
+        decode_ids(block, spec.ids, ids[rows])
         _decode_logprobs(block, spec, logprobs[rows], log_z[rows])
         if "used" in block:
             ids[rows][np.arange(spec.top_k) >= block["used"][:, None]] = PAD_ID
@@ -205,30 +182,16 @@ def decode(sections: dict[str, Array], spec: CodecSpec) -> SparseTargets:
     return targets if spec.head is None else _with_weights(targets, sections["draws"], spec)
 
 
-def _decode_ids(block: dict[str, Array], spec: CodecSpec, out: Array) -> None:
-    count, low = len(out), spec.low_bits
-    unary = np.unpackbits(block["high"], axis=1, bitorder="little", count=spec.high_bits)
-    ones = np.flatnonzero(unary)
-    if len(ones) != count * spec.top_k:
-        raise LimbeckError("the cache's ids do not decode: their unary part has the wrong number of ones.")
-    row_starts = np.arange(count, dtype=np.int64) * spec.high_bits
-    out[:] = ones.reshape(count, spec.top_k) - row_starts[:, None] - np.arange(spec.top_k)
-    out <<= low
-    for index in range(low // 8):
-        out |= block["low"][:, index * spec.top_k : (index + 1) * spec.top_k].astype(np.int32) << (8 * index)
-    width = -(-spec.top_k // 8)
-    for index, bit in enumerate(range(low // 8 * 8, low)):
-        plane = block["bits"][:, index * width : (index + 1) * width]
-        out |= np.unpackbits(plane, axis=1, bitorder="little", count=spec.top_k).astype(np.int32) << bit
-
-
 _SQUARES = (np.arange(256, dtype=np.float32) / 255.0) ** 2
 
 
 def _decode_logprobs(block: dict[str, Array], spec: CodecSpec, out: Array, log_z: Array) -> None:
     np.multiply(_SQUARES[block["levels"]], -block["range"].astype(np.float32)[:, None], out=out)
+    empty = None
     if "used" in block:
         out[np.arange(spec.top_k) >= block["used"][:, None]] = -np.inf
+        empty = block["used"] == 0  # no support: the teacher said nothing here
+        out[empty, 0] = 0.0
     head = -np.logaddexp(0.0, block["tails"].astype(np.float32))  # log(1 − tail): log sigmoid(−logit)
     first = spec.temperatures.index(1.0)
     out += (head[:, first] - _logsumexp(out))[:, None]
@@ -237,6 +200,8 @@ def _decode_logprobs(block: dict[str, Array], spec: CodecSpec, out: Array, log_z
             log_z[:, index] = 0.0
         else:
             log_z[:, index] = _logsumexp(out * np.float32(1.0 / temperature)) - head[:, index]
+    if empty is not None:
+        out[empty], log_z[empty] = -np.inf, 0.0
 
 
 def _logsumexp(values: Array) -> Array:

@@ -25,7 +25,8 @@ class SparseTargets:
     """A teacher's predictions on a sparse support.
 
     Attributes:
-        token_ids: `[..., K]` int32; -1 marks unused places at the end of a row (K may vary per position).
+        token_ids: `[..., K]` int32; -1 marks unused places at the end of a row (K may vary per position; a row
+            without any id says nothing, and its divergence is 0).
         logprobs: `[..., K]` float; natural log-probabilities at temperature 1, -inf in unused places.
         log_z: `[..., n_tau]` float; logsumexp over the whole vocabulary of l_v / tau, per declared temperature.
         temperatures: the declared temperatures, in the order of `log_z`.

@@ -10,6 +10,7 @@ Example of the contract, for rows [B, T]:
     targets.token_ids[b, t]                 # support of the distribution of token t+1 of row b
 """
 
+from concurrent.futures import Future
 from typing import Protocol, runtime_checkable
 
 from limbeck.data.dataset import PackedRows
@@ -36,3 +37,20 @@ class Teacher(Protocol):
 
     def template(self) -> SparseTargets:
         """Empty targets with this teacher's temperatures, vocabulary and sampling."""
+
+
+@runtime_checkable
+class AsyncTeacher(Teacher, Protocol):
+    """A teacher that works elsewhere, so that several batches can be asked for at once.
+
+    Attributes:
+        ahead: batches worth asking for before they are needed; 0: none.
+    """
+
+    ahead: int
+
+    def submit(self, rows: PackedRows) -> "Future[SparseTargets]":
+        """Start on the rows; cancelling the future drops them."""
+
+    def close(self) -> None:
+        """Drop what is on its way, and the connections."""

@@ -4,6 +4,7 @@ The one idea: shards are independent ranges of rows, so ranks of torchrun take e
 redoes only its unfinished shard, and rank 0 writes the manifest when all are there.
 """
 
+import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -13,15 +14,15 @@ from typing import Any
 from limbeck import ranks
 from limbeck.config import Recipe
 from limbeck.console import progress, say
-from limbeck.data.dataset import PackedDataset
+from limbeck.data.dataset import PackedDataset, PackedRows
 from limbeck.data.tokenizer import recipe_tokenizer
 from limbeck.errors import LimbeckError
 from limbeck.storage import StageFolder, read_manifest, write_manifest
 from limbeck.targets.codec import CODEC_VERSION, CodecSpec
 from limbeck.targets.sparse import SparseTargets
 from limbeck.targets.store import ShardJournal, write_shard
-from limbeck.teachers.choose import open_local, target_inputs
-from limbeck.teachers.local import LocalTeacher
+from limbeck.teachers.base import AsyncTeacher, Teacher
+from limbeck.teachers.choose import open_source, target_inputs
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,6 @@ def build_cache(recipe: Recipe, folder: Path, *, force: bool = False, aside: Pat
             `force` nor `aside` (where to move it) is given, K exceeds the vocabulary, or the codec's round trip
             costs too much.
     """
-    rank, world = ranks.rank(), ranks.world_size()
     tokenizer = recipe_tokenizer(recipe)
     data: dict[str, PackedDataset] = {
         split: PackedDataset(recipe.packed_dir, split, recipe.dataset.train_rows if split == "train" else None)
@@ -69,7 +69,18 @@ def build_cache(recipe: Recipe, folder: Path, *, force: bool = False, aside: Pat
     stage = StageFolder(folder, "teacher cache", cache_inputs(recipe), aside)
     if stage.is_done() and not force:
         return stage.manifest()
-    teacher = open_local(recipe, tokenizer)
+    teacher = open_source(recipe, tokenizer)
+    with contextlib.ExitStack() as stack:
+        if isinstance(teacher, AsyncTeacher):
+            stack.callback(teacher.close)
+        return _fill(recipe, stage, teacher, data, force)
+
+
+def _fill(
+    recipe: Recipe, stage: StageFolder, teacher: Teacher, data: dict[str, PackedDataset], force: bool
+) -> dict[str, Any]:
+    """This rank's shards, and on rank 0 the manifest once all ranks' are there."""
+    rank, world, folder = ranks.rank(), ranks.world_size(), stage.path
     with stage.lock(".lock" if world == 1 else f".lock-{rank}"):
         stage.begin(clean=world == 1, replace=force)
         journal = ShardJournal(folder, rank)
@@ -96,7 +107,7 @@ def _plan(data: dict[str, PackedDataset], rows_per_shard: int) -> Iterator[_Shar
 def _make_shards(
     recipe: Recipe,
     folder: Path,
-    teacher: LocalTeacher,
+    teacher: Teacher,
     data: dict[str, PackedDataset],
     shards: list[_Shard],
     journal: ShardJournal,
@@ -107,23 +118,38 @@ def _make_shards(
         say(f"continuing after {sum(shard.file in done for shard in shards)} finished shards in {folder}")
     started, positions = time.perf_counter(), 0
     with progress("caching teacher targets (rows)", sum(shard.stop - shard.start for shard in shards)) as bar:
-        for shard in shards:
-            if shard.file not in done:
-                rows = data[shard.split].rows(range(shard.start, shard.stop))
-                targets = teacher.targets(rows)
-                record, loss = write_shard(
-                    folder / shard.file,
-                    targets,
-                    spec,
-                    compression=recipe.teacher.compression,
-                    max_kl=recipe.teacher.max_kl,
-                )
-                journal.add({**record, "roundtrip_kl": loss.worst_kl, "teacher_mass": _mass(targets)})
-                positions += rows.input_ids.numel()
+        bar.advance(sum(shard.stop - shard.start for shard in shards if shard.file in done))
+        missing = [shard for shard in shards if shard.file not in done]
+        for shard, targets in zip(missing, _targets(teacher, missing, data), strict=True):
+            record, loss = write_shard(
+                folder / shard.file,
+                targets,
+                spec,
+                compression=recipe.teacher.compression,
+                max_kl=recipe.teacher.max_kl,
+            )
+            journal.add({**record, "roundtrip_kl": loss.worst_kl, "teacher_mass": _mass(targets)})
+            positions += targets.token_ids.shape[:2].numel()
             bar.advance(shard.stop - shard.start)
     seconds = time.perf_counter() - started
     if positions:
         say(f"cached {positions:,} positions in {seconds:.1f} s ({positions / seconds:,.0f} positions/s)")
+
+
+def _targets(teacher: Teacher, shards: list[_Shard], data: dict[str, PackedDataset]) -> Iterator[SparseTargets]:
+    """Targets of the shards in order; a teacher elsewhere is at work on the next while one is written."""
+
+    def rows(shard: _Shard) -> PackedRows:
+        return data[shard.split].rows(range(shard.start, shard.stop))
+
+    if not isinstance(teacher, AsyncTeacher):
+        yield from (teacher.targets(rows(shard)) for shard in shards)
+        return
+    pending = [teacher.submit(rows(shard)) for shard in shards[:1]]
+    for number in range(len(shards)):
+        if number + 1 < len(shards):
+            pending.append(teacher.submit(rows(shards[number + 1])))
+        yield pending.pop(0).result()
 
 
 def _mass(targets: SparseTargets) -> float:
@@ -132,7 +158,7 @@ def _mass(targets: SparseTargets) -> float:
     return float(log_p.exp().sum(dim=-1).mean())
 
 
-def codec_spec(teacher: LocalTeacher, recipe: Recipe) -> CodecSpec:
+def codec_spec(teacher: Teacher, recipe: Recipe) -> CodecSpec:
     """The codec's parameters for a teacher's targets."""
     sampling = recipe.teacher.sampling
     if sampling is None:
@@ -143,7 +169,7 @@ def codec_spec(teacher: LocalTeacher, recipe: Recipe) -> CodecSpec:
         teacher.temperatures,
         head=sampling.head,
         num_draws=sampling.draws,
-        sampling_temperature=teacher.sampling_temperature,
+        sampling_temperature=teacher.template().sampling_temperature,
     )
 
 

@@ -5,8 +5,10 @@ Add a teacher with a class that fulfils `base.Teacher` and a line in `TEACHERS`.
 
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 from limbeck.config import Recipe
+from limbeck.console import warn
 from limbeck.data.dataset import PackedDataset
 from limbeck.data.tokenizer import LoadedTokenizer, load_tokenizer, require_same
 from limbeck.errors import ConfigError
@@ -14,7 +16,9 @@ from limbeck.models import choose_dtype, load_causal_lm, model_identity, require
 from limbeck.storage import read_manifest
 from limbeck.targets.store import TeacherCache
 from limbeck.teachers.base import Teacher
+from limbeck.teachers.identity import connection, remote_identity
 from limbeck.teachers.local import LocalTeacher
+from limbeck.teachers.remote import RemoteTeacher, describe_connection
 
 
 def open_local(recipe: Recipe, tokenizer: LoadedTokenizer, rows: PackedDataset | None = None) -> LocalTeacher:
@@ -65,16 +69,64 @@ def open_cached(recipe: Recipe, tokenizer: LoadedTokenizer, rows: PackedDataset)
     return cache
 
 
-#: `teacher.use_cached_logits` -> how the teacher is opened.
-TEACHERS: dict[bool, Callable[[Recipe, LoadedTokenizer, PackedDataset], Teacher]] = {
-    True: open_cached,
-    False: open_local,
+def open_remote(
+    recipe: Recipe, tokenizer: LoadedTokenizer, rows: PackedDataset | None = None, *, quiet: bool = False
+) -> RemoteTeacher:
+    """The recipe's teacher behind HTTP, found out about, checked and tested.
+
+    Raises:
+        UnreachableError, RefusedError, WrongAnswerError, MismatchError: as `RemoteTeacher.connect`.
+    """
+    section = recipe.teacher
+    teacher = RemoteTeacher.connect(
+        section.endpoint,
+        protocol=section.protocol,
+        top_k=section.top_k,
+        temperatures=recipe.temperatures,
+        attention=recipe.dataset.attention,
+        tokenizer=tokenizer,
+        vocab_size=section.vocab_size,
+        model=section.served_model,
+        sampling=section.sampling,
+        sampling_temperature=recipe.loss.end("temperature") if section.sampling else None,
+        full=section.logprobs == "float32",
+        reproducible=section.reproducible,
+        approximate=section.tail == "approximate",
+        max_request_tokens=section.max_request_tokens,
+        ahead=section.micro_batches if section.parallel else 0,
+        **connection(recipe),
+    )
+    if quiet:
+        return teacher
+    describe_connection(teacher.facts, section.endpoint)
+    open_urls = [url for url in section.endpoint if url.startswith("http://") and not _is_loopback(url)]
+    if section.api_key_env is not None and open_urls:
+        warn(f"the key of {section.api_key_env} goes to {open_urls[0]} unencrypted; use https:// or a tunnel")
+    return teacher
+
+
+def _is_loopback(url: str) -> bool:
+    return urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
+
+
+#: Where targets come from -> how the teacher is opened.
+TEACHERS: dict[str, Callable[[Recipe, LoadedTokenizer, PackedDataset], Teacher]] = {
+    "cache": open_cached,
+    "local": open_local,
+    "remote": open_remote,
 }
 
 
 def open_teacher(recipe: Recipe, tokenizer: LoadedTokenizer, rows: PackedDataset) -> Teacher:
     """The teacher that trains the recipe's student."""
-    return TEACHERS[recipe.teacher.use_cached_logits](recipe, tokenizer, rows)
+    section = recipe.teacher
+    kind = "cache" if section.reads_cache else "remote" if section.is_remote else "local"
+    return TEACHERS[kind](recipe, tokenizer, rows)
+
+
+def open_source(recipe: Recipe, tokenizer: LoadedTokenizer) -> LocalTeacher | RemoteTeacher:
+    """The teacher that makes targets, not the cache that keeps them."""
+    return open_remote(recipe, tokenizer) if recipe.teacher.is_remote else open_local(recipe, tokenizer)
 
 
 def target_inputs(recipe: Recipe) -> dict[str, Any]:
@@ -84,12 +136,15 @@ def target_inputs(recipe: Recipe) -> dict[str, Any]:
         ConfigError: `teacher.model` is not set.
     """
     section = recipe.teacher
-    if section.model is None:
-        raise ConfigError("teacher.model is not set. Name the model whose targets are wanted.")
     sampling = section.sampling.model_dump() if section.sampling else None
+    if section.is_remote:
+        who: dict[str, Any] = {"teacher": remote_identity(recipe), "tail": section.tail, "logprobs": section.logprobs}
+    elif section.model is None:
+        raise ConfigError("teacher.model is not set. Name the model whose targets are wanted.")
+    else:
+        who = {"teacher": model_identity(section.model, section.revision), "dtype": section.dtype}
     return {
-        "teacher": model_identity(section.model, section.revision),
-        "dtype": section.dtype,
+        **who,
         "attention": recipe.dataset.attention,
         "top_k": section.top_k,
         "temperatures": list(recipe.temperatures),
@@ -101,7 +156,7 @@ def teacher_inputs(recipe: Recipe) -> dict[str, Any] | None:
     """What the teacher adds to the inputs of a training run: nothing, the cache's fingerprint, or its own."""
     if not recipe.distils:
         return None
-    if recipe.teacher.use_cached_logits:
+    if recipe.teacher.reads_cache:
         return {"cache": read_manifest(recipe.cache_dir, "teacher cache")["fingerprint"]}
     return target_inputs(recipe)
 

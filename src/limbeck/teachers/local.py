@@ -6,6 +6,7 @@ positions at a time, so the teacher's [B, T, V] logits never exist either.
 Shapes: B rows, T positions, V vocabulary, K support.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -62,12 +63,36 @@ class LocalTeacher:
         if device is not None:
             self.model.to(device)
         self.vocab_size = embedded_vocab_size(model)
+        self._budget = max_batch_tokens
+        self._transform = verified_transform(model)
+        self._ask(top_k, temperatures, attention, sampling, sampling_temperature)
+
+    def asking(
+        self,
+        *,
+        top_k: int | None,
+        temperatures: tuple[float, ...],
+        attention: str = "per_document",
+        sampling: SamplingConfig | None = None,
+        sampling_temperature: float | None = None,
+    ) -> "LocalTeacher":
+        """The same model asked for other targets; nothing is loaded or copied. Arguments and errors of the class."""
+        other = copy.copy(self)
+        other._ask(top_k, temperatures, attention, sampling, sampling_temperature)
+        return other
+
+    def _ask(
+        self,
+        top_k: int | None,
+        temperatures: tuple[float, ...],
+        attention: str,
+        sampling: SamplingConfig | None,
+        sampling_temperature: float | None,
+    ) -> None:
         self.temperatures = tuple(temperatures)
         self.attention = attention
         self._top_k, self._sampling = top_k, sampling
         self._sampling_temperature = sampling_temperature or max(self.temperatures)
-        self._budget = max_batch_tokens
-        self._transform = verified_transform(model)
         if 1.0 not in self.temperatures:
             raise ConfigError(f"the declared temperatures are {list(temperatures)}; 1 must be one of them.")
         support = top_k if sampling is None else sampling.head + sampling.draws
@@ -93,6 +118,15 @@ class LocalTeacher:
         step = max(1, self._budget // length)
         parts = [self._pass(rows.slice(start, start + step)) for start in range(0, len(rows.input_ids), step)]
         return concatenate(parts)
+
+    @torch.no_grad()
+    def logits(self, rows: PackedRows) -> torch.Tensor:
+        """The model's own logits `[B, T, V]` in float32, on the CPU; for vocabularies and rows that are small."""
+        device = next(self.model.parameters()).device
+        with torch.autocast(device.type, enabled=False):
+            outputs = self.model(**rows.to(device).model_inputs(self.attention))
+        logits: torch.Tensor = outputs.logits.float().cpu()
+        return logits
 
     def _pass(self, rows: PackedRows) -> SparseTargets:
         device = next(self.model.parameters()).device

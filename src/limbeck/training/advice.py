@@ -67,15 +67,19 @@ def _waits(curves: Curves) -> str | None:
     if share is None or share < 0.2:
         return None
     recipe = curves.recipe
-    cached = recipe.teacher.use_cached_logits
-    cure = "raise training.dataloader_num_workers" if cached else "cache the targets (teacher.use_cached_logits: true)"
+    if recipe.teacher.reads_cache:
+        return f"{share:.0%} of the time went into reading cached targets: raise training.dataloader_num_workers"
+    cure = "cache the targets (teacher.use_cached_logits: true)"
+    if recipe.teacher.is_remote:
+        cure = f"raise teacher.micro_batches ({recipe.teacher.micro_batches}) and teacher.max_concurrent, or {cure}"
     return f"{share:.0%} of the time went into waiting for the teacher: {cure}"
 
 
 def _imitates_but_misses(curves: Curves) -> str | None:
     ce, kl, alpha = curves.last("ce_loss"), curves.last("kl_loss"), curves.recipe.loss.end("alpha")
-    if ce is None or kl is None or alpha >= 0.95 or kl > 0.25 * ce:
-        return None
+    mass = curves.last("teacher_mass")
+    if ce is None or kl is None or alpha >= 0.95 or kl > 0.25 * ce or (mass is not None and mass < 0.5):
+        return None  # with little mass on the stored ids a low KL says little
     return (
         f"CE is high ({ce:.2f}) with low KL ({kl:.2f}): the student follows the teacher and what is left is in the "
         f"labels; raise alpha (now {alpha:g})"

@@ -22,7 +22,8 @@ class RowCollator:
     """
 
     def __init__(self, teacher: Teacher | None = None, pad_id: int = 0) -> None:
-        self._teacher, self._pad_id = teacher, pad_id
+        self._teacher = teacher if teacher is not None and teacher.in_workers else None
+        self._pad_id = pad_id
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The batch, as a dict of tensors [B, T]."""
@@ -46,7 +47,7 @@ class RowCollator:
             "labels": labels,
             "shift_labels": labels,
         }
-        if self._teacher is not None and self._teacher.in_workers:
+        if self._teacher is not None:
             batch["targets"] = self._teacher.targets(rows).tensors()
         return batch
 

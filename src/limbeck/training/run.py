@@ -31,7 +31,7 @@ from limbeck.optim.groups import build_groups, describe_groups
 from limbeck.optim.schedules import schedule_arguments
 from limbeck.storage import StageFolder, commit_folder, read_json_lines, read_manifest, sha256_file, write_manifest
 from limbeck.students.build import build_student
-from limbeck.teachers.base import Teacher
+from limbeck.teachers.base import AsyncTeacher, Teacher
 from limbeck.teachers.choose import open_teacher, teacher_inputs
 from limbeck.training.advice import advise
 from limbeck.training.checkpoints import BEST, checkpoint_step, newest, publish_model
@@ -86,11 +86,9 @@ def train_one(
     rows = training_rows(recipe)
     rows.check(tokenizer, recipe.dataset.max_length)
     held_out = PackedDataset(recipe.packed_dir, "validation", recipe.training.eval_rows)
-    teacher = open_teacher(recipe, tokenizer, rows) if recipe.distils else None
     begun_from = model_identity(str(start))["weights"] if start else None
     stage = StageFolder(folder, "train", train_inputs(recipe, rows, begun_from), aside)
-    main = ranks.rank() == 0
-    if main:
+    if ranks.rank() == 0:
         if not force:
             stage.bring_back()
     else:
@@ -98,14 +96,19 @@ def train_one(
     if stage.is_done() and recipe.training.resume_from is None and not force:
         say(f"{folder} is complete")
         return stage.manifest()
-    # Whatever is wrong with the student or its optimizer shows before anything is written.
-    student = new_student(recipe, tokenizer, start, teacher)
-    groups = check_plan(recipe, student, rows)
-    with stage.lock() if main else contextlib.nullcontext(), _plain_errors(folder):
-        resume, changed = begin(stage, recipe, force, groups) if main else (None, None)
+    with contextlib.ExitStack() as stack:
+        teacher = open_teacher(recipe, tokenizer, rows) if recipe.distils else None
+        if isinstance(teacher, AsyncTeacher):
+            stack.callback(teacher.close)
+        # Whatever is wrong with the student or its optimizer shows before anything is written.
+        student = new_student(recipe, tokenizer, start, teacher)
+        groups = check_plan(recipe, student, rows)
+        stack.enter_context(stage.lock() if ranks.rank() == 0 else contextlib.nullcontext())
+        stack.enter_context(_plain_errors(folder))
+        resume, changed = begin(stage, recipe, force, groups) if ranks.rank() == 0 else (None, None)
         trainer = _trainer(recipe, folder, student, teacher, rows, held_out, tokenizer)
         (resume,) = broadcast_object_list([resume])  # rank 0 chooses for all
-        if main:
+        if ranks.rank() == 0:
             _record_provenance(stage, recipe, resume, changed)
         trainer.settings_id = stage.fingerprint
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)

@@ -30,8 +30,7 @@ from limbeck.optim.hybrid import HybridOptimizer
 from limbeck.optim.schedules import SCHEDULES, schedule_arguments
 from limbeck.targets.sparse import SparseTargets
 from limbeck.targets.store import TeacherCache
-from limbeck.teachers.base import Teacher
-from limbeck.teachers.local import LocalTeacher
+from limbeck.teachers.base import AsyncTeacher, Teacher
 from limbeck.training.arguments import DistillationArguments
 from limbeck.training.callbacks import LogLines
 from limbeck.training.checkpointing import CheckpointingTrainer
@@ -40,6 +39,7 @@ from limbeck.training.dashboard import Dashboard, wants_dashboard
 from limbeck.training.guard import StepGuard
 from limbeck.training.head import LossRequest, attach_fused_loss
 from limbeck.training.metrics import StepMetrics
+from limbeck.training.prefetch import PENDING, TargetsAhead
 from limbeck.training.saddle import SaddleCallback
 from limbeck.training.ternarisation import TernaryWatch
 
@@ -90,6 +90,8 @@ class DistillationTrainer(CheckpointingTrainer):
         self._alpha = args.alpha_ramp
         self._temperature = args.temperature_ramp(teacher.temperatures if teacher is not None else ())
         self.metrics, self._guard = StepMetrics(), StepGuard()
+        self._ahead: TargetsAhead | None = None
+        self._slow_lines = 0
         self._eval_collator = RowCollator(self.eval_teacher)
         super().__init__(
             model=model,
@@ -123,6 +125,8 @@ class DistillationTrainer(CheckpointingTrainer):
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
+            if self._ahead is not None:
+                self._ahead.close()
             if self._panel is not None:
                 self._panel.close()
 
@@ -178,12 +182,21 @@ class DistillationTrainer(CheckpointingTrainer):
     def _targets(rows: PackedRows, inputs: dict[str, Any], teacher: Teacher | None) -> SparseTargets | None:
         if teacher is None:
             return None
+        if PENDING in inputs:
+            return inputs[PENDING].result().to(rows.input_ids.device)  # type: ignore[no-any-return]
         if "targets" in inputs:
             return teacher.template().with_tensors(inputs["targets"])
         return teacher.targets(rows).to(rows.input_ids.device)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """The micro-batches of a step; the time they take is waiting for data."""
+        """The micro-batches of a step; the time they take is waiting for data.
+
+        Of a teacher elsewhere their targets are asked for, and those of the batches that follow.
+        """
+        if isinstance(self.teacher, AsyncTeacher) and self.teacher.ahead > 0:
+            if self._ahead is None or self._ahead.source is not epoch_iterator:
+                self._ahead = TargetsAhead(epoch_iterator, self.teacher)
+            epoch_iterator = self._ahead
         with self.metrics.waiting("data"):
             return super().get_batch_samples(epoch_iterator, num_batches, device)
 
@@ -202,10 +215,26 @@ class DistillationTrainer(CheckpointingTrainer):
                 logs["lr_boost"] = self.saddle.factor
             if distils:
                 logs.update(self.loss_weights(max(self.state.global_step - 1, 0)))
+                self._tell_if_slow(logs)
         try:
             super().log(logs, start_time)
         except OSError as error:  # a tracker that cannot write must not end the run
             self.warn_once("log", f"a tracker could not write ({error}); training goes on without that line")
+
+    def _tell_if_slow(self, logs: dict[str, float]) -> None:
+        """Say once, while there is time to act on it, that the teacher holds the run up."""
+        if not isinstance(self.teacher, AsyncTeacher) or logs["teacher_wait_share"] < 0.5:
+            return
+        self._slow_lines += 1
+        if self._slow_lines == 3:
+            cure = f"Raise teacher.micro_batches (now {self.teacher.ahead}) and teacher.max_concurrent"
+            cure = cure if self.teacher.ahead else "Set teacher.parallel: true"
+            self.warn_once(
+                "slow teacher",
+                f"the student waits for the teacher {logs['teacher_wait_share']:.0%} of the time "
+                f"({logs['tokens_per_second']:,.0f} tokens/s). {cure}, add endpoints, or make the targets once: "
+                "`limbeck teacher cache`",
+            )
 
     def _sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         moved = values.to(self.args.device)
@@ -373,5 +402,6 @@ def _check_teacher(teacher: Teacher, args: DistillationArguments, train_dataset:
         )
     if isinstance(teacher, TeacherCache) and isinstance(train_dataset, PackedDataset):
         teacher.check(train_dataset, args.attention)
-    if isinstance(teacher, LocalTeacher) and teacher.attention != args.attention:
-        raise ConfigError(f"the teacher's attention is {teacher.attention} and the student's {args.attention}.")
+    attention = getattr(teacher, "attention", args.attention)  # a cache was checked by its rows
+    if attention != args.attention:
+        raise ConfigError(f"the teacher's attention is {attention} and the student's {args.attention}.")

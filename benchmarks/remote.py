@@ -1,0 +1,260 @@
+"""Teachers over HTTP: what overlap saves, how long a student waits, bytes and positions a second on the wire.
+
+    python benchmarks/remote.py
+    python benchmarks/remote.py --quick --json
+
+Overlap: a student trains here, its teacher is our server in another process whose model is replaced by a pause (2 and
+0.5 times the student's step, many at once) and stored targets; HTTP, coding, checks and the trainer are the real ones.
+Wire: K 64 of V 151,936, imitated language-model rows (see cache.py): our answer with float16 log-probabilities and
+zstd, beside the same targets in the shape of vLLM's JSON (read by our own vLLM protocol) and whole logits as JSON.
+"""
+
+import contextlib
+import json
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import Future
+from pathlib import Path
+
+import torch
+
+from cache import V as LARGE_V
+from cache import lm_like_targets
+from common import arguments, report
+from limbeck import DistillationArguments, DistillationTrainer
+from limbeck.data.dataset import PackedRows
+from limbeck.targets.sparse import SparseTargets
+from limbeck.teachers.http import Reply
+from limbeck.teachers.protocols import Ask
+from limbeck.teachers.protocols.vllm import VLLMProtocol
+from limbeck.teachers.remote import RemoteTeacher
+
+K, TAUS, LENGTH, ROWS, STUDENT_V = 64, (1.0, 2.0), 256, 4, 8192
+STUDENT = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4,
+           "num_key_value_heads": 4, "tie_word_embeddings": True, "max_position_embeddings": LENGTH}  # fmt: skip
+STORED = 1024  # different positions: no request repeats one, which zstd would profit from
+VLLM_BYTES = 4716  # a position at k = 64, as published with the task's measurements
+
+
+# -- the server in the other process ------------------------------------------------------------------------
+
+
+class PausingEngine:
+    """Stands where the model would: answers stored targets after a pause, however many ask."""
+
+    waiting_tokens = 0
+
+    def __init__(self, stored: SparseTargets, pause: Path) -> None:
+        self._stored, self._pause = stored, pause
+
+    def submit(self, rows, request):
+        count, length = rows.input_ids.shape
+        places = (torch.arange(count * length) % len(self._stored.token_ids)).reshape(count, length)
+        future: Future = Future()
+        targets = self._stored[places]
+
+        def answer() -> None:
+            if future.set_running_or_notify_cancel():
+                future.set_result(targets)
+
+        threading.Timer(float(self._pause.read_text()), answer).start()
+        return future
+
+    def close(self):
+        """Nothing runs."""
+
+
+def serve(port: int, vocab: int, pause: Path) -> None:
+    import uvicorn
+
+    from limbeck.config.recipe import TeacherServerConfig
+    from limbeck.teachers.server import app as module
+    from limbeck.teachers.server.load import Served
+
+    torch.set_num_threads(1)
+    if vocab == LARGE_V:
+        stored = lm_like_targets(STORED)
+    else:
+        stored = SparseTargets.from_logits(3.0 * torch.randn(512, vocab), K, TAUS)
+    teacher = type("Shape", (), {"vocab_size": vocab})()
+    module.engines.Engine = lambda *_: PausingEngine(stored, pause)
+    served = Served(teacher, "stored", "ab" * 32, "cd" * 32, ("per_document", "packed"), 1 << 16)
+    app = module.create_app(served, TeacherServerConfig(max_tokens=1 << 16), None, max_batch_tokens=1 << 16)
+    uvicorn.run(app, host="127.0.0.1", port=port, log_level="error", access_log=False)
+
+
+class Server:
+    """`serve` in a process of its own; `pause` can be set at any time."""
+
+    def __init__(self, vocab: int) -> None:
+        with socket.socket() as one:
+            one.bind(("127.0.0.1", 0))
+            port = one.getsockname()[1]
+        self.url, self._port = f"http://127.0.0.1:{port}", port
+        self._folder = tempfile.TemporaryDirectory()
+        self._pause = Path(self._folder.name) / "pause"
+        self.pause(0.0)
+        command = [sys.executable, __file__, "--serve", str(port), str(vocab), str(self._pause)]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+
+    def pause(self, seconds: float) -> None:
+        self._pause.write_text(str(seconds))
+
+    def wait(self) -> None:
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._port)):
+                return
+            time.sleep(0.05)
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._folder.cleanup()
+
+
+# -- overlap --------------------------------------------------------------------------------------------------
+
+
+class Waits(DistillationTrainer):
+    """Keeps the waiting of the log lines."""
+
+    def log(self, logs, start_time=None):
+        super().log(logs, start_time)
+        if "teacher_wait_share" in logs:
+            self.waits = [*getattr(self, "waits", []), logs["teacher_wait_share"]]
+
+
+def train(url: str, ahead: int, steps: int) -> tuple[float, float]:
+    """Mean seconds a step and share of waiting, the first steps (which fill the queue) left out."""
+    from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
+
+    torch.manual_seed(0)
+    student = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=STUDENT_V, **STUDENT))
+    teacher = RemoteTeacher.connect([url], top_k=K, temperatures=TAUS, ahead=ahead)
+    rows = [{"input_ids": torch.randint(0, STUDENT_V, (LENGTH,))} for _ in range(ROWS * (steps + 12))]
+    moments: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            moments.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as folder:
+        args = DistillationArguments(
+            output_dir=folder, max_steps=steps, per_device_train_batch_size=ROWS, learning_rate=1e-4, logging_steps=1,
+            report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True, dashboard="off",
+        )  # fmt: skip
+        trainer = Waits(model=student, args=args, teacher=teacher, train_dataset=rows, callbacks=[Clock()])
+        trainer.train()
+    teacher.close()
+    skipped = 3
+    seconds = (moments[-1] - moments[skipped]) / (len(moments) - 1 - skipped)
+    return seconds, statistics.mean(trainer.waits[skipped + 1 :])
+
+
+def overlap(server: Server, quick: bool) -> dict:
+    steps, repeats = (8, 1) if quick else (24, 3)
+    server.wait()
+    train(server.url, 8, 5)  # warm: threads, allocator
+    step = statistics.median(train(server.url, 8, steps)[0] for _ in range(1 if quick else 3))
+    times: dict[str, list[float]] = {"sequential": [], "parallel": [], "fast": []}
+    waits = []
+    for _ in range(repeats):
+        server.pause(2.0 * step)
+        times["sequential"].append(train(server.url, 0, steps)[0])
+        times["parallel"].append(train(server.url, 8, steps)[0])
+        server.pause(0.5 * step)
+        seconds, share = train(server.url, 8, steps)
+        times["fast"].append(seconds)
+        waits.append(share)
+    server.close()
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return {
+        "student_step_s": step,
+        "sequential_step_s": medians["sequential"],
+        "parallel_step_s": medians["parallel"],
+        "teacher_pause_over_parallel_step": 2.0 * step / medians["parallel"],  # 2, if the machine kept its pace
+        "overlap_speedup_slow_teacher": medians["sequential"] / medians["parallel"],
+        "wait_share_fast_teacher": statistics.median(waits),
+    }
+
+
+# -- wire -------------------------------------------------------------------------------------------------------
+
+
+def vllm_json(targets: SparseTargets) -> bytes:
+    """One choice in the shape of vLLM's answer; texts as long as a large vocabulary's."""
+    positions: list = [None]
+    for ids, values in zip(targets.token_ids.tolist(), targets.logprobs.tolist(), strict=True):
+        positions.append({
+            str(i): {"logprob": v, "rank": r + 1, "decoded_token": f" t{i % 997}"}
+            for r, (i, v) in enumerate(zip(ids, values, strict=True))
+        })  # fmt: skip
+    return json.dumps({"choices": [{"index": 0, "prompt_logprobs": positions}]}, separators=(",", ":")).encode()
+
+
+def wire(server: Server, quick: bool) -> dict:
+    import httpx2
+
+    from limbeck.teachers.server.app import _logits_json
+
+    repeats = 5 if quick else 15
+    server.wait()
+    rows = PackedRows(torch.arange(2), torch.randint(0, LARGE_V, (2, STORED // 2)), torch.zeros(2, STORED // 2).long())
+    teacher = RemoteTeacher.connect([server.url], top_k=K, temperatures=TAUS, max_request_tokens=STORED)
+    targets = teacher.targets(rows)
+    positions = rows.input_ids.numel()
+    body = {"input_ids": rows.input_ids.tolist(), "top_k": K, "temperatures": list(TAUS)}
+    sizes = {}
+    for name, accepted in (("zstd", "zstd"), ("plain", "identity")):
+        reply = httpx2.post(server.url + "/v1/targets", json=body, headers={"Accept-Encoding": accepted}, timeout=60)
+        sizes[name] = int(reply.headers["content-length"]) / positions
+    document = vllm_json(targets.flatten()[slice(0, 512)])
+    logits = sum(len(part) for part in _logits_json(torch.randn(1, 2, LARGE_V), [2])) / 2
+    protocol, ask = VLLMProtocol(), Ask(K, (1.0,), LARGE_V)
+    query = protocol.query([[*rows.input_ids[0].tolist(), 0]], ask)
+    ours, theirs = [], []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        teacher.targets(rows)
+        ours.append(positions / (time.perf_counter() - started))
+        started = time.perf_counter()
+        query.parse(Reply(200, {}, document))
+        theirs.append(512 / (time.perf_counter() - started))
+    teacher.close()
+    server.close()
+    return {
+        "bytes_per_position": sizes["zstd"],
+        "bytes_per_position_without_zstd": sizes["plain"],
+        "bytes_per_position_vllm_json": len(document) / 512,
+        "bytes_per_position_json_logits": logits,
+        "bytes_ratio_vs_vllm_json": VLLM_BYTES / sizes["zstd"],
+        "bytes_ratio_vs_own_vllm_json": len(document) / 512 / sizes["zstd"],
+        "bytes_ratio_vs_json_logits": logits / sizes["zstd"],
+        "positions_per_s": statistics.median(ours),
+        "positions_per_s_reading_vllm_json": statistics.median(theirs),
+    }
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--serve", nargs=3, help="(the other process)")
+    options = parser.parse_args()
+    if options.serve:
+        port, vocab, pause = options.serve
+        serve(int(port), int(vocab), Path(pause))
+        return
+    torch.set_num_threads(1)  # the other core is the server's
+    result = {"shape": {"vocab": LARGE_V, "top_k": K, "student_tokens_a_step": ROWS * LENGTH}}
+    with contextlib.redirect_stdout(sys.stderr):  # transformers prints; stdout is the result's
+        large, small = Server(LARGE_V), Server(STUDENT_V)
+        result |= wire(large, options.quick) | overlap(small, options.quick)
+    report(result, options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""`limbeck teacher serve`: load, listen, answer until told to stop."""
+
+import signal
+import socket
+from typing import Any
+
+from limbeck.config import Recipe
+from limbeck.console import say, warn
+from limbeck.errors import ConfigError, LimbeckError
+from limbeck.teachers.identity import environment_key
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def serve(recipe: Recipe) -> dict[str, Any]:
+    """Serve the recipe's teacher; returns when stopped by SIGINT or SIGTERM, with running requests finished.
+
+    Raises:
+        ConfigError: the extra is not installed, or the key's variable is empty.
+        LimbeckError: the model cannot be loaded or the port is taken.
+    """
+    try:
+        import uvicorn
+
+        from limbeck.teachers.server.app import create_app
+    except ImportError as error:
+        raise ConfigError(f"serving needs more packages ({error.name}): `pip install 'limbeck[serve]'`.") from None
+    from limbeck.teachers.server.load import load_served
+
+    config = recipe.teacher_server
+    api_key = environment_key(config.api_key_env, "teacher_server.api_key_env")
+    if api_key is None and config.host not in _LOOPBACK:
+        warn(f"{config.host} can be reached from other machines and no key is asked for; set --api-key-env NAME")
+    bound = _bind(config.host, config.port)  # a port that is taken shows before minutes of loading
+    url = f"http://{config.host}:{bound.getsockname()[1]}"
+    served = load_served(recipe)
+    app = create_app(served, config, api_key, max_batch_tokens=recipe.teacher.max_batch_tokens)
+    settings = uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=30,
+        timeout_keep_alive=75, h11_max_incomplete_event_size=65536, lifespan="on",
+    )  # fmt: skip
+    facts = f"fingerprint {served.fingerprint[:12]}, vocabulary {served.teacher.vocab_size}"
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: Any = None) -> None:
+            await super().startup(sockets)
+            say(f"serving {served.name} ({facts}) at {url}")
+
+    server = Server(settings)
+    # uvicorn takes the signals over while it runs, and raises them again when it has stopped, which is no error.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: setattr(server, "should_exit", True))
+    server.run(sockets=[bound])
+    say("stopped; nothing is left running")
+    return {"url": url, "model": served.name, "fingerprint": served.fingerprint}
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        raise LimbeckError(
+            f"{host}:{port} cannot be listened on ({error.strerror}). Choose another --port (0 for a free one), or "
+            "a --host of this machine."
+        ) from None
+    return bound

@@ -1,0 +1,357 @@
+"""Teachers over HTTP: the same loss as a local teacher's, whatever the endpoint speaks; every wrong answer refused."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from fastapi import FastAPI, Request
+
+from conftest import tiny_model
+from limbeck import LocalTeacher, TeacherCache
+from limbeck.config import SamplingConfig
+from limbeck.data.dataset import PackedRows
+from limbeck.errors import ConfigError, CorruptError, LimbeckError
+from limbeck.models import load_causal_lm
+from limbeck.targets.sparse import SparseTargets
+from limbeck.targets.tail import estimate_log_z
+from limbeck.targets.wire import decode_targets, encode_targets
+from limbeck.teachers.base import AsyncTeacher, Teacher
+from limbeck.teachers.check import check_targets
+from limbeck.teachers.http import RefusedError, UnreachableError, WrongAnswerError
+from limbeck.teachers.remote import RemoteTeacher
+from limbeck.training.head import attach_fused_loss
+from serving import free_port, limbeck_app, running, sglang_app, trl_app, user_app, vllm_app
+from test_teachers import loss_of
+
+TAUS = (1.0, 2.0)
+PRINT = "ab" * 32
+
+
+@pytest.fixture(scope="module")
+def model(teacher_folder):
+    return load_causal_lm(str(teacher_folder), dtype="float32").eval()
+
+
+@pytest.fixture(scope="module")
+def ours(teacher_folder):
+    with running(limbeck_app(teacher_folder)) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Three rows: two documents and filler, one document, three documents."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 4000, (3, 24), generator=generator)
+    docs = torch.tensor([[0] * 9 + [1] * 10 + [-1] * 5, [2] * 24, [3] * 2 + [4] * 21 + [5]])
+    return PackedRows(torch.arange(3), ids, docs)
+
+
+def canonical(targets):
+    """Sorted by id."""
+    order = torch.where(targets.valid, targets.token_ids, 1 << 30).argsort(dim=-1)
+    names = ("token_ids", "logprobs", "weights")
+    held = {n: t.gather(-1, order) if n in names else t for n, t in targets.tensors().items()}
+    return targets.with_tensors(held)
+
+
+def local(model, top_k=16, attention="per_document", **more):
+    return LocalTeacher(model, top_k=top_k, temperatures=TAUS, attention=attention, **more)
+
+
+# -- the wire format ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_the_wire_is_exact(model, rows, full):
+    targets = local(model).targets(rows)
+    held = decode_targets(encode_targets(targets, full=full, fingerprint=PRINT))
+    assert held.fingerprint == PRINT[:32]
+    expected = targets.logprobs if full else targets.logprobs.half().float()
+    a, b = canonical(targets.with_tensors({**targets.tensors(), "logprobs": expected})), canonical(held.targets)
+    assert all(torch.equal(a.tensors()[name], b.tensors()[name]) for name in a.tensors())
+    assert bool((held.targets.logprobs.diff(dim=-1) <= 0).all()), "the likeliest first"
+
+
+def test_the_wire_carries_sampled_tails_and_varying_supports(model, rows):
+    drawn = local(model, sampling=SamplingConfig(head=4, draws=9), sampling_temperature=2.0).targets(rows)
+    held = decode_targets(encode_targets(drawn, full=True, fingerprint=PRINT)).targets
+    assert held.sampling_temperature == 2.0
+    a, b = canonical(drawn), canonical(held)
+    assert torch.equal(a.token_ids, b.token_ids)
+    assert torch.equal(torch.where(a.valid, a.weights, 0.0), torch.where(b.valid, b.weights, 0.0))
+    few = SparseTargets.from_logits(torch.tensor([[[1.0, -math.inf, 0.5, -math.inf]]]), 3, TAUS)
+    assert torch.equal(
+        decode_targets(encode_targets(few, full=True, fingerprint=PRINT)).targets.token_ids, few.token_ids
+    )
+
+
+def test_damage_on_the_wire_is_noticed(model, rows):
+    data = encode_targets(local(model).targets(rows), full=False, fingerprint=PRINT)
+    for place in range(0, len(data), 97):
+        spoilt = bytearray(data)
+        spoilt[place] ^= 0x10
+        with pytest.raises(CorruptError):
+            decode_targets(bytes(spoilt))
+    for size in (0, 7, 60, len(data) - 1):
+        with pytest.raises(CorruptError):
+            decode_targets(data[:size])
+
+
+def test_the_tail_estimate_is_exact_for_power_laws_and_close_for_models(model, rows):
+    ranks = torch.arange(1, 5001).double()
+    logits = (-1.3 * ranks.log()).float().unsqueeze(0)
+    exact = SparseTargets.from_logits(logits, 64, TAUS)
+    found = estimate_log_z(exact.logprobs, exact.valid, 5000, 2.0)
+    assert float((found - exact.log_z[:, 1]).abs()) < 0.02  # an integral for a sum
+    held = local(model, top_k=64).targets(rows).flatten()
+    gap = (estimate_log_z(held.logprobs, held.valid, 4096, 2.0) - held.log_z[:, 1]).abs().mean()
+    lump = torch.logaddexp((held.logprobs / 2).logsumexp(-1), held.at_temperature(1.0)[1] / 2) - held.log_z[:, 1]
+    assert float(gap) < 0.25 * float(lump.abs().mean())
+    everything = local(model, top_k=None).targets(rows).flatten()
+    torch.testing.assert_close(
+        estimate_log_z(everything.logprobs, everything.valid, 4096, 2.0), everything.log_z[:, 1], rtol=0, atol=2e-3
+    )
+
+
+# -- protocols over real HTTP ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["per_document", "packed"])
+def test_limbeck_targets_are_the_local_ones_to_the_bit(model, ours, rows, attention):
+    remote = RemoteTeacher.connect([ours], top_k=16, temperatures=TAUS, attention=attention, full=True)
+    assert isinstance(remote, Teacher)
+    assert isinstance(remote, AsyncTeacher)
+    try:
+        assert remote.facts.protocol == "limbeck"
+        a, b = canonical(local(model, attention=attention).targets(rows)), canonical(remote.targets(rows))
+        assert all(torch.equal(a.tensors()[name], b.tensors()[name]) for name in a.tensors())
+        student = tiny_model(seed=1)
+        attach_fused_loss(student)
+        for tau in TAUS:
+            assert float(loss_of(student, rows, a, tau).loss) == float(loss_of(student, rows, b, tau).loss)
+    finally:
+        remote.close()
+
+
+def test_limbeck_gives_the_local_draws(model, ours, rows):
+    sampling = SamplingConfig(head=4, draws=9, seed=3)
+    remote = RemoteTeacher.connect([ours], temperatures=TAUS, sampling=sampling, sampling_temperature=2.0, full=True)
+    own = local(model, sampling=sampling, sampling_temperature=2.0)
+    a, b = canonical(own.targets(rows)), canonical(remote.targets(rows))
+    remote.close()
+    assert torch.equal(a.token_ids, b.token_ids)
+    torch.testing.assert_close(a.weights, b.weights, rtol=1e-6, atol=1e-7)
+
+
+APPS = {"vllm": lambda m: vllm_app(m, max_logprobs=64), "sglang": sglang_app, "trl": trl_app, "user": user_app}
+#: Protocol -> largest error of a loss at τ = 1 (its precision), and at τ = 2 (None: it must be refused).
+PRECISION = {"limbeck": (1e-4, 1e-4), "topk": (2e-2, 2e-2), "user": (1e-5, 1e-5), "vllm": (1e-5, None),
+             "sglang": (1e-5, None), "trl": (1e-5, None)}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def urls(model, ours):
+    import contextlib
+
+    with contextlib.ExitStack() as stack:
+        found = {name: stack.enter_context(running(app(model))) for name, app in APPS.items()}
+        yield {**found, "limbeck": ours, "topk": ours}
+
+
+@pytest.mark.parametrize("name", PRECISION)
+@pytest.mark.parametrize("tau", TAUS)
+def test_every_protocol_gives_the_local_loss(model, urls, rows, name, tau):
+    at_one, at_two = PRECISION[name]
+    settings = {"top_k": 16, "temperatures": tuple(sorted({1.0, tau})), "vocab_size": 4096}
+    protocol = name if name == "topk" else "auto"
+    if tau != 1.0 and at_two is None:
+        with pytest.raises(ConfigError, match="teacher.tail: approximate"):
+            RemoteTeacher.connect([urls[name]], protocol=protocol, **settings)
+        settings["approximate"] = True
+    remote = RemoteTeacher.connect([urls[name]], protocol=protocol, **settings)
+    try:
+        assert remote.facts.protocol == name
+        student = tiny_model(seed=1)
+        attach_fused_loss(student)
+        theirs = loss_of(student, rows, remote.targets(rows), tau).parts
+        ours = loss_of(student, rows, local(model).targets(rows), tau).parts
+        precision = at_one if tau == 1.0 else at_two or 0.35  # an estimated tail
+        assert float(theirs.divergence_sum / theirs.num_valid) == pytest.approx(
+            float(ours.divergence_sum / ours.num_valid), abs=precision
+        )
+        attach_fused_loss(model)  # itself: shifted by one, this would be several nats
+        itself = loss_of(model, rows, remote.targets(rows), 1.0).parts
+        assert abs(float(itself.divergence_sum / itself.num_valid)) < {"topk": 1e-3, "limbeck": 1e-5}.get(name, 1e-6)
+    finally:
+        remote.close()
+        if hasattr(model.forward, "__closure__"):
+            model.__dict__.pop("forward", None)
+
+
+def test_cached_over_http_is_cached_locally(recipe, packed, ours, teacher_folder, tmp_path):
+    from limbeck.teachers.build_cache import build_cache
+
+    own = build_cache(recipe, tmp_path / "local")
+    section = recipe.teacher.model_copy(update={"endpoint": [ours, ours], "logprobs": "float32"})
+    remote = recipe.model_copy(update={"teacher": section})
+    theirs = build_cache(remote, tmp_path / "remote")
+    a, b = TeacherCache(tmp_path / "local"), TeacherCache(tmp_path / "remote")
+    assert len(a) == len(b) > 20
+    assert [s["rows"] for s in own["splits"]["train"]["shards"]] == [
+        s["rows"] for s in theirs["splits"]["train"]["shards"]
+    ]
+    one, two = a.read(range(20)), b.read(range(20))
+    assert torch.equal(one.token_ids, two.token_ids)
+    torch.testing.assert_close(one.logprobs, two.logprobs, rtol=1e-3, atol=1e-3)
+
+
+# -- refusals ---------------------------------------------------------------------------------------------
+
+
+def test_nobody_there_is_said_at_once():
+    url = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(UnreachableError, match=f"Failed to connect to teacher endpoint: {url}"):
+        RemoteTeacher.connect([url], retries=50)
+
+
+def test_a_k_beyond_the_servers_limit_names_both(model, rows):
+    with (
+        running(vllm_app(model)) as url,
+        pytest.raises(ConfigError, match="top_k is 64 and the endpoint gives at most 20"),
+    ):
+        RemoteTeacher.connect([url], top_k=64, temperatures=(1.0,), vocab_size=4096)
+
+
+def test_another_tokenizer_is_refused(ours, corpus, tmp_path):
+    from limbeck.config import Recipe
+    from limbeck.data.tokenizer import train_tokenizer
+
+    tree = {"dataset": {"name": str(corpus)}, "tokenizer": {"train_vocab_size": 300}}
+    other = train_tokenizer(Recipe.model_validate(tree), tmp_path / "other")
+    with pytest.raises(LimbeckError, match="was made with tokenizer|same tokenizer"):
+        RemoteTeacher.connect([ours], tokenizer=other)
+
+
+def shifted_app(model, by):
+    """A vLLM whose positions are off by some."""
+    app, plain = FastAPI(), vllm_app(model)
+    app.add_api_route("/v1/models", next(r.endpoint for r in plain.routes if r.path == "/v1/models"))
+
+    @app.post("/v1/completions")
+    async def completions(request: Request):
+        inner = next(route.endpoint for route in plain.routes if route.path == "/v1/completions")
+        reply = await inner(request)
+        for choice in reply["choices"] if isinstance(reply, dict) else []:
+            held = choice["prompt_logprobs"][1:]
+            choice["prompt_logprobs"] = [None, *(held[by:] + held[:by])]
+        return reply
+
+    return app
+
+
+@pytest.mark.parametrize("by", [1, -1])
+def test_a_server_off_by_one_is_found_out(model, by):
+    with running(shifted_app(model, by)) as url, pytest.raises(WrongAnswerError, match="misaligned"):
+        RemoteTeacher.connect([url], top_k=4, temperatures=(1.0,), vocab_size=4096)
+
+
+def spoilt(**changes):
+    targets = SparseTargets.from_logits(torch.randn(1, 3, 50), 4, TAUS)
+    tensors = {name: tensor.clone() for name, tensor in targets.tensors().items()}
+    for name, (place, value) in changes.items():
+        tensors[name][place] = value
+    return targets.with_tensors(tensors)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"logprobs": ((0, 1, 2), math.nan)}, "row 0, position 1 gives the log-probability nan"),
+        ({"logprobs": ((0, 2), 3.5)}, "sum to .* at temperature 1"),
+        ({"token_ids": ((0, 0, 0), 51)}, "names id 51, and the vocabulary has 50 ids"),
+        ({"token_ids": ((0, 1), 7)}, "names id 7 twice"),
+        ({"log_z": ((0, 0, 1), math.inf)}, "gives the normaliser inf"),
+        ({"log_z": ((0, 0, 1), -9.0)}, "sum to .* at temperature 2"),
+    ],
+)
+def test_impossible_answers_are_refused(changes, message):
+    with pytest.raises(WrongAnswerError, match=message):
+        check_targets(spoilt(**changes), "the teacher")
+
+
+@pytest.mark.parametrize(
+    "sent", ['{"choices": []}', '{"choices": [{"index": 0, "prompt_logprobs": [1, 2]}]}', '{"x": 1}']
+)
+def test_answers_of_another_shape_are_refused(sent):
+    from limbeck.teachers.http import Reply
+    from limbeck.teachers.protocols import Ask
+    from limbeck.teachers.protocols.vllm import VLLMProtocol
+
+    query = VLLMProtocol().query([[1, 2, 3]], Ask(4, (1.0,), 100))
+    with pytest.raises(WrongAnswerError):
+        query.parse(Reply(200, {}, sent.encode()))
+    with pytest.raises(CorruptError):
+        query.parse(Reply(200, {}, sent[:-3].encode()))
+
+
+def test_positions_without_support_carry_no_divergence():
+    """What no teacher spoke of: KL 0, no gradient of its own, CE as ever; and so through the codec."""
+    from limbeck.losses.dense import dense_distillation_loss
+    from limbeck.losses.fused import fused_distillation_loss
+    from limbeck.targets.codec import CodecSpec, decode, encode
+
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(1, 6, 8, requires_grad=True), torch.randn(40, 8)
+    labels = torch.randint(0, 40, (1, 6))
+    targets = SparseTargets.from_logits(torch.randn(1, 6, 40), 5, TAUS)
+    tensors = targets.tensors()
+    tensors["token_ids"][0, 3:], tensors["logprobs"][0, 3:], tensors["log_z"][0, 3:] = -1, -math.inf, 0.0
+    targets = targets.with_tensors(tensors)
+    for tail in ("bucket", "renormalise", "ignore"):
+        for divergence in ("forward_kl", "reverse_kl", "jsd", "tvd"):
+            hidden.grad = None
+            out = fused_distillation_loss(hidden, weight, labels, targets, alpha=1.0, tail=tail, divergence=divergence)
+            out.loss.backward()
+            assert torch.isfinite(out.loss)
+            assert float(hidden.grad[0, 3:].abs().max()) < 1e-6
+    out = fused_distillation_loss(hidden, weight, labels, targets, alpha=0.4)
+    dense = dense_distillation_loss(hidden @ weight.T, labels, targets, alpha=0.4)
+    torch.testing.assert_close(out.loss, dense, rtol=1e-5, atol=1e-5)
+    flat = targets.flatten()
+    held = decode(encode(flat, CodecSpec(5, 40, TAUS)), CodecSpec(5, 40, TAUS))
+    assert not bool(held.valid[3:].any())
+    assert bool(torch.isfinite(held.log_z).all())
+    assert np.isneginf(held.logprobs[3:].numpy()).all()
+
+
+def test_recipes_that_contradict_themselves_are_refused():
+    from limbeck.config import Recipe
+
+    for teacher, message in (
+        ({"kind": "remote"}, "endpoint is not set"),
+        ({"kind": "local", "endpoint": "http://a:1"}, "remove one of them"),
+        ({"endpoint": "a:1"}, "is no URL"),
+        ({"endpoint": "http://key@a:1"}, "must not hold a user or a key"),
+        ({"endpoint": "http://a:1", "protocol": "vllm", "sampling": {}}, "needs protocol limbeck"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Recipe.model_validate({"teacher": teacher})
+    recipe = Recipe.model_validate({"teacher": {"endpoint": "http://a:1/, http://b:2"}})
+    assert recipe.teacher.endpoint == ["http://a:1", "http://b:2"]
+    assert recipe.teacher.is_remote
+    assert not recipe.teacher.reads_cache
+
+
+def test_a_refusal_shows_the_servers_words_but_not_the_key(teacher_folder, rows):
+    with running(limbeck_app(teacher_folder, key="s3cret-key")) as url:
+        with pytest.raises(RefusedError, match="wants another key .*asked without a key"):
+            RemoteTeacher.connect([url])
+        with pytest.raises(RefusedError) as caught:
+            RemoteTeacher.connect([url], api_key="s3cret-wrong")
+        assert "s3cret" not in str(caught.value)
+        remote = RemoteTeacher.connect([url], api_key="s3cret-key", max_request_tokens=100_000)
+        far = PackedRows(torch.arange(1), torch.full((1, 4), 4095), torch.zeros(1, 4, dtype=torch.long))
+        assert remote.targets(far).token_ids.shape == (1, 4, 64)
+        remote.close()
