@@ -28,7 +28,7 @@ verify: $(VENV)/.verify
 
 bench: $(VENV)/.bench
 	mkdir -p benchmarks/results
-	for name in loss cache pack train ternary remote; do \
+	for name in loss cache pack train ternary tail remote; do \
 		$(BIN)/python benchmarks/$$name.py --json > benchmarks/results/$$name.json || exit 1; \
 		cat benchmarks/results/$$name.json; \
 	done

@@ -9,6 +9,7 @@ Wire: K 64 of V 151,936, imitated language-model rows (see cache.py): our answer
 zstd, beside the same targets in the shape of vLLM's JSON (read by our own vLLM protocol) and whole logits as JSON.
 """
 
+import base64
 import contextlib
 import json
 import socket
@@ -33,10 +34,12 @@ from limbeck.teachers.http import Reply
 from limbeck.teachers.protocols import Ask
 from limbeck.teachers.protocols.vllm import VLLMProtocol
 from limbeck.teachers.remote import RemoteTeacher
+from limbeck.teachers.server.topk import topk_answer
 
 K, TAUS, LENGTH, ROWS, STUDENT_V = 64, (1.0, 2.0), 256, 4, 8192
 STUDENT = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4,
            "num_key_value_heads": 4, "tie_word_embeddings": True, "max_position_embeddings": LENGTH}  # fmt: skip
+OTHERS = 256  # positions in the other servers' forms
 STORED = 1024  # different positions: no request repeats one, which zstd would profit from
 VLLM_BYTES = 4716  # a position at k = 64, as published with the task's measurements
 
@@ -197,6 +200,18 @@ def vllm_json(targets: SparseTargets) -> bytes:
     return json.dumps({"choices": [{"index": 0, "prompt_logprobs": positions}]}, separators=(",", ":")).encode()
 
 
+def other_forms(targets: SparseTargets) -> dict[str, bytes]:
+    """One sequence `[T]` as the other protocols answer it."""
+    length, rows = len(targets.token_ids), zip(targets.token_ids.tolist(), targets.logprobs.tolist(), strict=True)
+    lists = [[[value, token, None] for token, value in zip(ids, values, strict=True)] for ids, values in rows]
+    batch = targets.with_tensors({name: tensor.unsqueeze(0) for name, tensor in targets.tensors().items()})
+    return {
+        **{f"topk_{kind}": topk_answer(batch, [length], 2.0, kind) for kind in ("int8", "float16", "float32")},
+        "sglang": json.dumps(lists, separators=(",", ":")).encode(),
+        "trl": base64.b64encode(bytes(8 * targets.token_ids.numel())),
+    }
+
+
 def wire(server: Server, quick: bool) -> dict:
     import httpx2
 
@@ -206,17 +221,19 @@ def wire(server: Server, quick: bool) -> dict:
     server.wait()
     rows = PackedRows(torch.arange(2), torch.randint(0, LARGE_V, (2, STORED // 2)), torch.zeros(2, STORED // 2).long())
     teacher = RemoteTeacher.connect([server.url], top_k=K, temperatures=TAUS, max_request_tokens=STORED)
-    targets = teacher.targets(rows)
+    teacher.targets(rows)
     positions = rows.input_ids.numel()
     body = {"input_ids": rows.input_ids.tolist(), "top_k": K, "temperatures": list(TAUS)}
     sizes = {}
     for name, accepted in (("zstd", "zstd"), ("plain", "identity")):
         reply = httpx2.post(server.url + "/v1/targets", json=body, headers={"Accept-Encoding": accepted}, timeout=60)
         sizes[name] = int(reply.headers["content-length"]) / positions
-    document = vllm_json(targets.flatten()[slice(0, 512)])
+    exact = lm_like_targets(OTHERS)  # not rounded to float16: other servers write all digits
+    document = vllm_json(exact)
+    others = {name: len(content) / OTHERS for name, content in other_forms(exact).items()}
     logits = sum(len(part) for part in _logits_json(torch.randn(1, 2, LARGE_V), [2])) / 2
     protocol, ask = VLLMProtocol(), Ask(K, (1.0,), LARGE_V)
-    query = protocol.query([[*rows.input_ids[0].tolist(), 0]], ask)
+    query = protocol.query([[*rows.input_ids[0, :OTHERS].tolist(), 0]], ask)
     ours, theirs = [], []
     for _ in range(repeats):
         started = time.perf_counter()
@@ -224,16 +241,17 @@ def wire(server: Server, quick: bool) -> dict:
         ours.append(positions / (time.perf_counter() - started))
         started = time.perf_counter()
         query.parse(Reply(200, {}, document))
-        theirs.append(512 / (time.perf_counter() - started))
+        theirs.append(OTHERS / (time.perf_counter() - started))
     teacher.close()
     server.close()
     return {
         "bytes_per_position": sizes["zstd"],
         "bytes_per_position_without_zstd": sizes["plain"],
-        "bytes_per_position_vllm_json": len(document) / 512,
+        "bytes_per_position_vllm_json": len(document) / OTHERS,
         "bytes_per_position_json_logits": logits,
+        **{f"bytes_per_position_{name}": size for name, size in others.items()},
         "bytes_ratio_vs_vllm_json": VLLM_BYTES / sizes["zstd"],
-        "bytes_ratio_vs_own_vllm_json": len(document) / 512 / sizes["zstd"],
+        "bytes_ratio_vs_own_vllm_json": len(document) / OTHERS / sizes["zstd"],
         "bytes_ratio_vs_json_logits": logits / sizes["zstd"],
         "positions_per_s": statistics.median(ours),
         "positions_per_s_reading_vllm_json": statistics.median(theirs),

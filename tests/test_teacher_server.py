@@ -274,6 +274,7 @@ def load_test(teacher_folder, seconds):
     assert set(statuses) <= {200, 429, 503}
     assert statuses[200] > 64
     assert grown < 400e6
+    print(f"{seconds:g} s: {statuses}, resident memory {before / 1e6:.0f} MB, then {grown / 1e6:+.0f} MB")
     return statuses
 
 

@@ -320,7 +320,7 @@ class TeacherClient:
         reply, is_new = await self._once(endpoint, "POST", query.path, query.body, query.max_bytes)
         if reply.status in (401, 403):
             raise RefusedError(self._denied(endpoint, reply))
-        if reply.status in (408, 425, 429) or reply.status >= 500:
+        if reply.status in _LATER or reply.status >= 500:
             raise _TransientError(f"status {reply.status}: {self.words(reply)}", wait=_retry_after(reply))
         if reply.status != 200:
             raise RefusedError(

@@ -11,7 +11,7 @@ import numpy as np
 
 from limbeck.teachers.http import RefusedError
 from limbeck.teachers.protocols.base import Ask, Session, WireProtocol
-from limbeck.teachers.protocols.segments import Answer, SegmentProtocol
+from limbeck.teachers.protocols.segments import Answer, SegmentProtocol, shared_gaps
 
 _IDS = 4  # a row
 _OVERLAP, _GAP = 0.75, 0.1  # share of common ids; mean difference of their log-probabilities in nats
@@ -36,17 +36,14 @@ async def take_portrait(protocol: WireProtocol, session: Session, ask: Ask) -> A
 
 def same_portrait(one: Answer, other: Answer) -> bool:
     """True when two portraits are of one model."""
-    rows = min(len(one.token_ids), len(other.token_ids))
-    if len(one.token_ids) != len(other.token_ids) or not rows:
+    rows = len(one.token_ids)
+    if rows != len(other.token_ids) or not rows:
         return False
-    overlap = gaps = 0.0
-    for row in range(rows):
-        held = dict(zip(other.token_ids[row].tolist(), other.logprobs[row].tolist(), strict=True))
-        pairs = [(i, v) for i, v in zip(one.token_ids[row].tolist(), one.logprobs[row].tolist(), strict=True) if i >= 0]
-        shared = [abs(value - held[token]) for token, value in pairs if token in held]
-        overlap += len(shared) / max(len(pairs), 1)
-        gaps += sum(shared) / max(len(shared), 1)
-    return overlap / rows > _OVERLAP and gaps / rows < _GAP
+    shared = shared_gaps(one, other)
+    named = (one.token_ids >= 0).sum(axis=1)
+    overlap = sum(len(gaps) / max(int(count), 1) for gaps, count in zip(shared, named, strict=True))
+    gap = sum(sum(gaps) / max(len(gaps), 1) for gaps in shared)
+    return overlap / rows > _OVERLAP and gap / rows < _GAP
 
 
 def to_record(protocol: str, portrait: Answer) -> dict[str, Any]:

@@ -332,10 +332,17 @@ def shifted(entries: Sequence[Sequence[tuple[int, float]] | None], name: str) ->
 
 def first_change(one: Answer, other: Answer) -> int | None:
     """The first row in which two answers differ: how far they saw the same tokens; None when none does."""
+    for row, gaps in enumerate(shared_gaps(one, other)):
+        if not gaps or max(gaps) > _NOISE:
+            return row
+    return None
+
+
+def shared_gaps(one: Answer, other: Answer) -> list[list[float]]:
+    """Per row that both answers have, the differences of the log-probabilities of the ids that both name."""
+    gaps = []
     for row in range(min(len(one.token_ids), len(other.token_ids))):
         held = dict(zip(other.token_ids[row].tolist(), other.logprobs[row].tolist(), strict=True))
         pairs = zip(one.token_ids[row].tolist(), one.logprobs[row].tolist(), strict=True)
-        shared = [abs(value - held[token]) for token, value in pairs if token >= 0 and token in held]
-        if not shared or max(shared) > _NOISE:
-            return row
-    return None
+        gaps.append([abs(value - held[token]) for token, value in pairs if token >= 0 and token in held])
+    return gaps

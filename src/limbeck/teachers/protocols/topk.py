@@ -21,11 +21,10 @@ class TopKProtocol(SegmentProtocol):
     path: str = "/v1/topk"
     max_sequences = 128
     gives_last = True
-    dtype = "int8"
 
     def body(self, sequences: list[list[int]], top_k: int, temperature: float, model: str | None) -> dict[str, Any]:
         """Quantised values at the asked temperature."""
-        return {"input_ids": sequences, "topk": top_k, "return_dtype": self.dtype, "temperature": temperature}
+        return {"input_ids": sequences, "topk": top_k, "return_dtype": "int8", "temperature": temperature}
 
     def read(self, reply: Any, sequences: list[list[int]], ask: Ask) -> list[Answer]:
         """`indices`, `values_int8` and `scale` (or `values`), and `other_logit` or `other_mass`, per sequence."""
