@@ -1,21 +1,28 @@
-"""The fused loss beside the dense formula and TRL's chunked divergence: time and peak memory as ratios.
+"""The fused loss beside the dense formula, TRL's chunked divergence and its limit: time and peak memory as ratios.
 
-    python benchmarks/loss.py                         V 151,936, N 1,024, D 1,024 on this CPU, float32
+    python benchmarks/loss.py                         V 151,936, N 1,024, D 1,024 on this CPU
+    python benchmarks/loss.py --quick --json          one thread, V 75,968, N 128, D 512; memory: N 512, D 256
     python benchmarks/loss.py --device cuda --shape liger   BT 8,192, D 2,048, V 128,256, bf16, beside Liger
 
 Each case computes the loss (CE + temperature² · KL) and its gradients for hidden states and head. The dense
 and the fused case get the teacher's predictions ready-made (all logits; top-64 targets); TRL's kernel has no
 sparse form and projects a teacher of the same width itself, which is its way of not storing them.
+
+The limit is the three matrix products alone (logits, their gradients to hidden states and head), 256 positions at a
+time, as 160 MB of logits at V 151,936 are. On a CPU that multiplies bfloat16 in hardware the fused loss under autocast
+stands beside the same products in bfloat16. The second temperature's cost is the fused loss at τ 2 over that at τ 1.
 """
 
 import gc
+import sys
 
 import torch
 
-from common import arguments, interleaved, peak_memory, report
+from common import Comparison, Repeats, arguments, interleaved, medians, peak_memory, ratio, report
 from limbeck import SparseTargets, fused_distillation_loss
+from limbeck.models import bfloat16_is_fast
 
-ALPHA, TAU, K = 0.5, 2.0, 64
+ALPHA, TAU, K, CHUNK = 0.5, 2.0, 64, 256
 
 
 def dense_loss(hidden, weight, labels, teacher_logits):
@@ -38,8 +45,30 @@ def trl_loss(hidden, weight, teacher_hidden, teacher_weight):
     return TAU**2 * kl.mean()
 
 
-def fused(hidden, weight, labels, targets):
-    return fused_distillation_loss(hidden, weight, labels, targets, alpha=ALPHA, temperature=TAU).loss
+def fused(hidden, weight, labels, targets, temperature=TAU):
+    return fused_distillation_loss(hidden, weight, labels, targets, alpha=ALPHA, temperature=temperature).loss
+
+
+def fused_bfloat16(*given):
+    with torch.autocast(given[0].device.type, dtype=torch.bfloat16):
+        return fused(*given)
+
+
+class Products:
+    """Logits, ∂L/∂hidden and ∂L/∂W by matrix products into memory that is there already; nothing else."""
+
+    def __init__(self, hidden, weight, dtype):
+        self._hidden, self._weight = (tensor.detach().to(dtype) for tensor in (hidden, weight))
+        self._grad_hidden, self._grad_weight = torch.empty_like(self._hidden), torch.zeros_like(self._weight)
+        self._logits = self._hidden.new_empty(min(CHUNK, len(hidden)), len(weight))
+
+    def __call__(self):
+        for start in range(0, len(self._hidden), CHUNK):
+            chunk = self._hidden[start : start + CHUNK]
+            logits = self._logits[: len(chunk)]
+            torch.mm(chunk, self._weight.T, out=logits)
+            torch.mm(logits, self._weight, out=self._grad_hidden[start : start + CHUNK])
+            self._grad_weight.addmm_(logits.T, chunk, beta=float(start > 0))
 
 
 def gradients(loss_function, hidden, weight, *rest):
@@ -71,55 +100,79 @@ def cpu_cases(positions: int, width: int, vocab: int) -> dict:
     with torch.no_grad():
         teacher_logits = teacher_hidden @ teacher_weight.T
         targets = SparseTargets.from_logits(teacher_logits, K, (1.0, TAU))
-    return {
-        "fused": lambda: gradients(fused, hidden, weight, labels, targets),
+    given = (hidden, weight, labels, targets)
+    cases = {
+        "fused": lambda: gradients(fused, *given),
+        "fused_tau1": lambda: gradients(fused, *given, 1.0),
+        "products": Products(hidden, weight, torch.float32),
         "dense": lambda: gradients(dense_loss, hidden, weight, labels, teacher_logits),
         "trl": lambda: gradients(trl_loss, hidden, weight, teacher_hidden, teacher_weight),
     }
+    if bfloat16_is_fast("cpu"):
+        cases |= {
+            "fused_bfloat16": lambda: gradients(fused_bfloat16, *given),
+            "fused_bfloat16_tau1": lambda: gradients(fused_bfloat16, *given, 1.0),
+            "products_bfloat16": Products(hidden, weight, torch.bfloat16),
+        }
+    return cases
 
 
-def run_cpu(repeats: int) -> dict:
-    """The issue's shape: every case's peak memory (which also warms it up), then interleaved times."""
-    positions, width, vocab = 1024, 1024, 151936
-    cases = cpu_cases(positions, width, vocab)
+def peaks(cases: dict, names: tuple[str, ...]) -> dict[str, int]:
+    """Each case's peak memory, which also warms it up."""
     memory = {}
-    for name, case in cases.items():
+    for name in names:
         gc.collect()
-        memory[name] = peak_memory(case)
-    seconds = interleaved(cases, repeats)
-    return {
-        "shape": {"positions": positions, "width": width, "vocab": vocab, "top_k": K, "dtype": "float32"},
-        "seconds": seconds,
-        "peak_bytes": memory,
-        "time_ratio_vs_dense": seconds["fused"] / seconds["dense"],
-        "memory_ratio_vs_dense": memory["fused"] / memory["dense"],
-        "time_ratio_vs_trl": seconds["fused"] / seconds["trl"],
-        "memory_ratio_vs_trl": memory["fused"] / memory["trl"],
+        memory[name] = peak_memory(cases[name])
+    return memory
+
+
+def comparisons_of(found: dict[str, Repeats]) -> dict[str, Comparison]:
+    """Every comparison whose two cases were run."""
+    pairs = {
+        "time_ratio_vs_dense": ("fused", "dense"),
+        "time_ratio_vs_trl": ("fused", "trl"),
+        "time_ratio_vs_liger": ("fused", "liger"),
+        "over_limit": ("fused", "products"),
+        "over_limit_tau1": ("fused_tau1", "products"),
+        "second_temperature_cost": ("fused", "fused_tau1"),
+        "over_limit_bfloat16": ("fused_bfloat16", "products_bfloat16"),
+        "over_limit_bfloat16_tau1": ("fused_bfloat16_tau1", "products_bfloat16"),
+        "second_temperature_cost_bfloat16": ("fused_bfloat16", "fused_bfloat16_tau1"),
+        "bfloat16_over_float32": ("fused_bfloat16", "fused"),
+        "products_bfloat16_over_float32": ("products_bfloat16", "products"),
     }
+    return {n: ratio(found[a], found[b]) for n, (a, b) in pairs.items() if a in found and b in found}
 
 
-def run_cpu_quick() -> dict:
-    """Half the width, one run each against the dense formula; TRL on a quarter of the positions."""
-    cases = cpu_cases(1024, 512, 151936)
-    memory, seconds = {}, {}
-    for name in ("fused", "dense"):
-        gc.collect()
-        memory[name] = peak_memory(lambda name=name: seconds.update(interleaved({name: cases[name]}, 1)))
-    small = cpu_cases(256, 512, 151936)
-    beside_trl = interleaved({name: small[name] for name in ("fused", "trl")}, 1)
+def run_cpu(quick: bool, repeats: int) -> tuple[dict, dict[str, Comparison]]:
+    """Every case's peak memory, which also warms it up, then interleaved times."""
+    shape = {"positions": 128, "width": 512, "vocab": 75968} if quick else {
+        "positions": 1024, "width": 1024, "vocab": 151936,
+    }  # fmt: skip
+    memory, memory_shape = {}, shape
+    if quick:
+        torch.set_num_threads(1)
+        # The peaks say little where the vocabulary is small.
+        memory_shape = {"positions": 512, "width": 256, "vocab": 151936}
+        memory = peaks(cpu_cases(**memory_shape), ("fused", "dense"))
+    cases = cpu_cases(**shape)
+    warm = peaks(cases, tuple(cases))
+    memory = memory or warm
+    found = interleaved(cases, repeats)
+    flops = 6.0 * shape["positions"] * shape["width"] * shape["vocab"]
     return {
-        "shape": {"positions": 1024, "width": 512, "vocab": 151936, "top_k": K, "dtype": "float32"},
-        "shape_beside_trl": {"positions": 256, "width": 512, "vocab": 151936},
-        "seconds": seconds,
-        "seconds_beside_trl": beside_trl,
+        "shape": {**shape, "top_k": K, "dtype": "float32"},
+        "shape_of_memory": memory_shape,
+        "threads": torch.get_num_threads(),
+        "repeats": repeats,
+        **medians(found),
+        "limit_gflops": {name: flops / found[name].seconds / 1e9 for name in found if name.startswith("products")},
         "peak_bytes": memory,
-        "time_ratio_vs_dense": seconds["fused"] / seconds["dense"],
-        "memory_ratio_vs_dense": memory["fused"] / memory["dense"],
-        "time_ratio_vs_trl": beside_trl["fused"] / beside_trl["trl"],
-    }
+        **{f"memory_ratio_vs_{name}": memory["fused"] / memory[name] for name in ("dense", "trl") if name in memory},
+    }, comparisons_of(found)
 
 
-def run_cuda(shape: str, repeats: int) -> dict:
+def run_cuda(shape: str, repeats: int) -> tuple[dict, dict[str, Comparison]]:
     """bf16 on a GPU; `liger` is the shape Liger publishes its fused JSD at (60.7 ms, 11.1 GB on an H100)."""
     positions, width, vocab = (8192, 2048, 128256) if shape == "liger" else (1024, 1024, 151936)
     kind = {"device": "cuda", "dtype": torch.bfloat16}
@@ -141,7 +194,12 @@ def run_cuda(shape: str, repeats: int) -> dict:
     def dense():
         return gradients(dense_loss, hidden, weight, labels, teacher_hidden @ teacher_weight.T)
 
-    cases = {"fused": lambda: gradients(fused, hidden, weight, labels, targets), "dense": dense}
+    cases = {
+        "fused": lambda: gradients(fused, hidden, weight, labels, targets),
+        "fused_tau1": lambda: gradients(fused, hidden, weight, labels, targets, 1.0),
+        "products": Products(hidden, weight, torch.bfloat16),
+        "dense": dense,
+    }
     try:
         from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
 
@@ -161,32 +219,30 @@ def run_cuda(shape: str, repeats: int) -> dict:
         base = torch.cuda.memory_allocated()
         timed(case)
         memory[name] = torch.cuda.max_memory_allocated() - base
-    seconds = interleaved({name: (lambda c=case: timed(c)) for name, case in cases.items()}, repeats)
-    result = {
+    found = interleaved({name: (lambda c=case: timed(c)) for name, case in cases.items()}, repeats)
+    return {
         "shape": {"positions": positions, "width": width, "vocab": vocab, "top_k": K, "dtype": "bfloat16"},
         "device": torch.cuda.get_device_name(),
-        "seconds": seconds,
+        "repeats": repeats,
+        **medians(found),
         "peak_bytes": memory,
-        "time_ratio_vs_dense": seconds["fused"] / seconds["dense"],
         "memory_ratio_vs_dense": memory["fused"] / memory["dense"],
-    }
-    if "liger" in cases:
-        result["time_ratio_vs_liger"] = seconds["fused"] / seconds["liger"]
-    return result
+    }, comparisons_of(found)
 
 
-def main() -> None:
+def main() -> int:
     parser = arguments(__doc__)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--shape", default="default", choices=["default", "liger"])
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     if options.device == "cuda":
-        result = run_cuda(options.shape, options.repeats)
+        result, comparisons = run_cuda(options.shape, options.repeats)
     else:
-        result = run_cpu_quick() if options.quick else run_cpu(options.repeats)
-    report({**result, "max_grad_error": max_gradient_error()}, options.json)
+        result, comparisons = run_cpu(options.quick, options.repeats)
+    headline = [name for name in comparisons if name.startswith("time_ratio")]
+    return report({**result, "max_grad_error": max_gradient_error()}, options.json, comparisons, headline)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,6 +7,10 @@ Overlap: a student trains here, its teacher is our server in another process who
 0.5 times the student's step, many at once) and stored targets; HTTP, coding, checks and the trainer are the real ones.
 Wire: K 64 of V 151,936, imitated language-model rows (see cache.py): our answer with float16 log-probabilities and
 zstd, beside the same targets in the shape of vLLM's JSON (read by our own vLLM protocol) and whole logits as JSON.
+
+Limits. Of an overlapped step: the same student with its targets at hand (overlapped over that is 1 at best), so of the
+speed-up 1 + pause / that step. Of the wire: the answer's bytes through a plain socket of this machine. CPU time is this
+process's, without the server's.
 """
 
 import base64
@@ -26,7 +30,7 @@ import torch
 
 from cache import V as LARGE_V
 from cache import lm_like_targets
-from common import arguments, report
+from common import Comparison, Repeats, Span, arguments, interleaved, medians, now, ratio, report, since
 from limbeck import DistillationArguments, DistillationTrainer
 from limbeck.data.dataset import PackedRows
 from limbeck.targets.sparse import SparseTargets
@@ -36,7 +40,7 @@ from limbeck.teachers.protocols.vllm import VLLMProtocol
 from limbeck.teachers.remote import RemoteTeacher
 from limbeck.teachers.server.topk import topk_answer
 
-K, TAUS, LENGTH, ROWS, STUDENT_V = 64, (1.0, 2.0), 256, 4, 8192
+K, TAUS, LENGTH, ROWS, QUICK_ROWS, STUDENT_V = 64, (1.0, 2.0), 256, 4, 1, 8192
 STUDENT = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4,
            "num_key_value_heads": 4, "tie_word_embeddings": True, "max_position_embeddings": LENGTH}  # fmt: skip
 OTHERS = 256  # positions in the other servers' forms
@@ -132,57 +136,91 @@ class Waits(DistillationTrainer):
             self.waits = [*getattr(self, "waits", []), logs["teacher_wait_share"]]
 
 
-def train(url: str, ahead: int, steps: int) -> tuple[float, float]:
-    """Mean seconds a step and share of waiting, the first steps (which fill the queue) left out."""
+class AtHand:
+    """A teacher whose targets are in memory: what no overlap can beat."""
+
+    temperatures, vocab_size, in_workers = TAUS, STUDENT_V, False
+
+    def __init__(self) -> None:
+        self._stored = SparseTargets.from_logits(3.0 * torch.randn(512, STUDENT_V), K, TAUS)
+
+    def targets(self, rows: PackedRows) -> SparseTargets:
+        count, length = rows.input_ids.shape
+        return self._stored[(torch.arange(count * length) % 512).reshape(count, length)]
+
+    def template(self) -> SparseTargets:
+        return SparseTargets.empty(TAUS, STUDENT_V)
+
+
+def train(teacher, rows: int, steps: int) -> tuple[Span, float]:
+    """Mean time of a step and share of waiting, the first steps (which fill the queue) left out."""
     from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
     torch.manual_seed(0)
     student = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=STUDENT_V, **STUDENT))
-    teacher = RemoteTeacher.connect([url], top_k=K, temperatures=TAUS, ahead=ahead)
-    rows = [{"input_ids": torch.randint(0, STUDENT_V, (LENGTH,))} for _ in range(ROWS * (steps + 12))]
-    moments: list[float] = []
+    data = [{"input_ids": torch.randint(0, STUDENT_V, (LENGTH,))} for _ in range(rows * (steps + 12))]
+    moments: list[Span] = []
 
     class Clock(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            moments.append(time.perf_counter())
+            moments.append(now())
+            if state.global_step == steps:
+                self.span = since(moments[skipped]) / (steps - 1 - skipped)
 
+    clock, skipped = Clock(), 3
     with tempfile.TemporaryDirectory() as folder:
         args = DistillationArguments(
-            output_dir=folder, max_steps=steps, per_device_train_batch_size=ROWS, learning_rate=1e-4, logging_steps=1,
+            output_dir=folder, max_steps=steps, per_device_train_batch_size=rows, learning_rate=1e-4, logging_steps=1,
             report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True, dashboard="off",
         )  # fmt: skip
-        trainer = Waits(model=student, args=args, teacher=teacher, train_dataset=rows, callbacks=[Clock()])
+        trainer = Waits(model=student, args=args, teacher=teacher, train_dataset=data, callbacks=[clock])
         trainer.train()
-    teacher.close()
-    skipped = 3
-    seconds = (moments[-1] - moments[skipped]) / (len(moments) - 1 - skipped)
-    return seconds, statistics.mean(trainer.waits[skipped + 1 :])
+    return clock.span, statistics.mean(trainer.waits[skipped + 1 :])
 
 
-def overlap(server: Server, quick: bool) -> dict:
-    steps, repeats = (8, 1) if quick else (24, 3)
+def overlap(server: Server, quick: bool) -> tuple[dict, dict[str, Comparison]]:
+    rows, steps, repeats = (QUICK_ROWS, 8, 5) if quick else (ROWS, 24, 5)
     server.wait()
-    train(server.url, 8, 5)  # warm: threads, allocator
-    step = statistics.median(train(server.url, 8, steps)[0] for _ in range(1 if quick else 3))
-    times: dict[str, list[float]] = {"sequential": [], "parallel": [], "fast": []}
-    waits = []
-    for _ in range(repeats):
-        server.pause(2.0 * step)
-        times["sequential"].append(train(server.url, 0, steps)[0])
-        times["parallel"].append(train(server.url, 8, steps)[0])
-        server.pause(0.5 * step)
-        seconds, share = train(server.url, 8, steps)
-        times["fast"].append(seconds)
+
+    def remote(ahead: int, pause: float) -> tuple[Span, float]:
+        server.pause(pause)
+        teacher = RemoteTeacher.connect([server.url], top_k=K, temperatures=TAUS, ahead=ahead)
+        try:
+            return train(teacher, rows, steps)
+        finally:
+            teacher.close()
+
+    def fast() -> Span:
+        span, share = remote(8, 0.5 * step)
         waits.append(share)
+        return span
+
+    at_hand, waits = AtHand(), []
+    remote(8, 0.0)  # warm: threads, allocator
+    step = statistics.median(train(at_hand, rows, steps)[0].wall for _ in range(3))
+    found = interleaved(
+        {
+            "at_hand": lambda: train(at_hand, rows, steps)[0],
+            "sequential": lambda: remote(0, 2.0 * step)[0],
+            "parallel": lambda: remote(8, 2.0 * step)[0],
+            "fast": fast,
+        },
+        repeats,
+    )
     server.close()
-    medians = {name: statistics.median(values) for name, values in times.items()}
     return {
-        "student_step_s": step,
-        "sequential_step_s": medians["sequential"],
-        "parallel_step_s": medians["parallel"],
-        "teacher_pause_over_parallel_step": 2.0 * step / medians["parallel"],  # 2, if the machine kept its pace
-        "overlap_speedup_slow_teacher": medians["sequential"] / medians["parallel"],
+        "overlap_repeats": repeats,
+        "student_step_s": found["at_hand"].seconds,
+        "teacher_pause_s": 2.0 * step,
+        "sequential_step_s": found["sequential"].seconds,
+        "parallel_step_s": found["parallel"].seconds,
+        "teacher_pause_over_parallel_step": 2.0 * step / found["parallel"].seconds,  # 2, if the machine kept its pace
+        "limit_overlap_speedup": 1.0 + 2.0 * step / found["at_hand"].seconds,
         "wait_share_fast_teacher": statistics.median(waits),
+        "overlap_times": medians(found),
+    }, {
+        "overlap_speedup_slow_teacher": ratio(found["sequential"], found["parallel"]),
+        "parallel_step_over_limit": ratio(found["parallel"], found["at_hand"]),
     }
 
 
@@ -212,12 +250,27 @@ def other_forms(targets: SparseTargets) -> dict[str, bytes]:
     }
 
 
-def wire(server: Server, quick: bool) -> dict:
+def through_socket(content: bytes) -> None:
+    """The bytes from one end of a TCP connection of this machine to the other."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        reader = socket.create_connection(listener.getsockname())
+        writer, _ = listener.accept()
+        sender = threading.Thread(target=writer.sendall, args=(content,))
+        sender.start()
+        left = len(content)
+        while left:
+            left -= len(reader.recv(min(left, 1 << 20)))
+        sender.join()
+        reader.close()
+        writer.close()
+
+
+def wire(server: Server, quick: bool) -> tuple[dict, dict[str, Comparison]]:
     import httpx2
 
     from limbeck.teachers.server.app import _logits_json
 
-    repeats = 5 if quick else 15
+    repeats = 9 if quick else 15
     server.wait()
     rows = PackedRows(torch.arange(2), torch.randint(0, LARGE_V, (2, STORED // 2)), torch.zeros(2, STORED // 2).long())
     teacher = RemoteTeacher.connect([server.url], top_k=K, temperatures=TAUS, max_request_tokens=STORED)
@@ -234,14 +287,15 @@ def wire(server: Server, quick: bool) -> dict:
     logits = sum(len(part) for part in _logits_json(torch.randn(1, 2, LARGE_V), [2])) / 2
     protocol, ask = VLLMProtocol(), Ask(K, (1.0,), LARGE_V)
     query = protocol.query([[*rows.input_ids[0, :OTHERS].tolist(), 0]], ask)
-    ours, theirs = [], []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        teacher.targets(rows)
-        ours.append(positions / (time.perf_counter() - started))
-        started = time.perf_counter()
-        query.parse(Reply(200, {}, document))
-        theirs.append(OTHERS / (time.perf_counter() - started))
+    answer = bytes(round(sizes["zstd"] * positions))
+    found: dict[str, Repeats] = interleaved(
+        {
+            "ours": lambda: teacher.targets(rows),
+            "reading_vllm_json": lambda: query.parse(Reply(200, {}, document)),
+            "socket": lambda: through_socket(answer),
+        },
+        repeats,
+    )
     teacher.close()
     server.close()
     return {
@@ -253,26 +307,39 @@ def wire(server: Server, quick: bool) -> dict:
         "bytes_ratio_vs_vllm_json": VLLM_BYTES / sizes["zstd"],
         "bytes_ratio_vs_own_vllm_json": len(document) / OTHERS / sizes["zstd"],
         "bytes_ratio_vs_json_logits": logits / sizes["zstd"],
-        "positions_per_s": statistics.median(ours),
-        "positions_per_s_reading_vllm_json": statistics.median(theirs),
+        "positions_per_s": positions / found["ours"].seconds,
+        "positions_per_s_reading_vllm_json": OTHERS / found["reading_vllm_json"].seconds,
+        "limit_positions_per_s_socket": positions / found["socket"].seconds,
+        "limit_positions_per_s_gigabit": 125e6 / sizes["zstd"],
+        "wire_repeats": repeats,
+        "wire_times": medians(found),
+    }, {
+        "positions_ratio_vs_reading_vllm_json": ratio(found["reading_vllm_json"], found["ours"], positions / OTHERS),
+        "wire_time_over_limit": ratio(found["ours"], found["socket"]),
     }
 
 
-def main() -> None:
+def main() -> int:
     parser = arguments(__doc__)
     parser.add_argument("--serve", nargs=3, help="(the other process)")
     options = parser.parse_args()
     if options.serve:
         port, vocab, pause = options.serve
         serve(int(port), int(vocab), Path(pause))
-        return
+        return 0
     torch.set_num_threads(1)  # the other core is the server's
-    result = {"shape": {"vocab": LARGE_V, "top_k": K, "student_tokens_a_step": ROWS * LENGTH}}
     with contextlib.redirect_stdout(sys.stderr):  # transformers prints; stdout is the result's
         large, small = Server(LARGE_V), Server(STUDENT_V)
-        result |= wire(large, options.quick) | overlap(small, options.quick)
-    report(result, options.json)
+        wired, wire_comparisons = wire(large, options.quick)
+        overlapped, overlap_comparisons = overlap(small, options.quick)
+    tokens = (QUICK_ROWS if options.quick else ROWS) * LENGTH
+    return report(
+        {"shape": {"vocab": LARGE_V, "top_k": K, "student_tokens_a_step": tokens}, **wired, **overlapped},
+        options.json,
+        wire_comparisons | overlap_comparisons,
+        headline=["overlap_speedup_slow_teacher", "positions_ratio_vs_reading_vllm_json"],
+    )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -5,18 +5,20 @@
 
 The shape is Llama-like with 125M parameters: width 768, 12 layers, vocabulary 32,000, tied embedding. A step is
 forward, fused CE and backward over 2 × 256 tokens in float32; the dense and the ternary student take turns. Sizes
-are of the checkpoint (float32 shadow weights), the packed checkpoint, and GGUF (TQ2_0, embedding Q8_0).
+are of the checkpoint (float32 shadow weights), the packed checkpoint, and GGUF (TQ2_0, embedding Q8_0). `--quick`
+times a sixth of it (2 layers, vocabulary 5,376) on one thread; products and the rest keep their proportion.
+
+The limit is the dense twin's matrix products alone: of each linear layer the output and both gradients.
 """
 
-import statistics
+import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from common import arguments, report
+from common import Comparison, Span, arguments, interleaved, medians, now, ratio, report, since
 from limbeck.config import TernaryConfig
 from limbeck.data.dataset import PackedRows
 from limbeck.export.gguf import GGUFExport
@@ -30,42 +32,69 @@ SHAPE = {
     "num_attention_heads": 12, "num_key_value_heads": 12, "vocab_size": 32000, "tie_word_embeddings": True,
     "max_position_embeddings": 1024, "eos_token_id": 0, "bos_token_id": 0,
 }  # fmt: skip
+QUICK = {"num_hidden_layers": 2, "vocab_size": 5376}
 
 
-def new_model(ternary: bool):
+def new_model(ternary: bool, **changes):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPE))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**SHAPE, **changes}))
     if ternary:
         make_ternary(model, TernaryConfig(group_size=256))
     return model
 
 
-def step_seconds(model, ids: torch.Tensor) -> float:
+def step(model, ids: torch.Tensor) -> Span:
     rows = PackedRows(torch.arange(len(ids)), ids, torch.zeros_like(ids))
-    started = time.perf_counter()
+    start = now()
     request = LossRequest(rows.labels, None, {"temperature": 1.0})
     model(**rows.model_inputs("packed"), loss_request=request).loss.backward()
-    seconds = time.perf_counter() - started
+    span = since(start)
     model.zero_grad(set_to_none=False)
-    return seconds
+    return span
 
 
-def overhead(repeats: int) -> dict[str, float]:
-    """Median seconds of a step, dense and ternary, and the median of their ratio."""
-    models = {name: new_model(name == "ternary").train() for name in ("dense", "ternary")}
-    ids = torch.randint(0, SHAPE["vocab_size"], (2, 256), generator=torch.Generator().manual_seed(0))
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for model in models.values():
+class Products:
+    """The three products of every linear layer, into memory that is there already."""
+
+    def __init__(self, model, tokens: int) -> None:
+        weights = [module.weight.detach() for module in model.modules() if isinstance(module, torch.nn.Linear)]
+        made = {weight.shape: (torch.randn(tokens, weight.shape[1]), torch.randn(tokens, weight.shape[0]))
+                for weight in weights}  # fmt: skip
+        self._layers = [(weight, *made[weight.shape], torch.empty_like(weight)) for weight in weights]
+        self._room = {shape: tuple(torch.empty_like(tensor) for tensor in pair) for shape, pair in made.items()}
+
+    def __call__(self) -> None:
+        for weight, inputs, gradients, out in self._layers:
+            grad_inputs, outputs = self._room[weight.shape]
+            torch.mm(inputs, weight.T, out=outputs)
+            torch.mm(gradients, weight, out=grad_inputs)
+            torch.mm(gradients.T, inputs, out=out)
+
+
+def overhead(quick: bool) -> tuple[dict, dict[str, Comparison]]:
+    """A step, dense and ternary, and the products of the dense one: medians and paired ratios."""
+    changes, repeats = (QUICK, 7) if quick else ({}, 9)
+    if quick:
+        torch.set_num_threads(1)
+    models = {name: new_model(name == "ternary", **changes).train() for name in ("dense", "ternary")}
+    ids = torch.randint(0, models["dense"].config.vocab_size, (2, 256), generator=torch.Generator().manual_seed(0))
+    cases: dict = {"products": Products(models["dense"], ids.numel())}
+    for name, model in models.items():
         attach_fused_loss(model)
-        step_seconds(model, ids)
-    for _ in range(repeats):
-        for name, model in models.items():
-            seconds[name].append(step_seconds(model, ids))
-    ratios = [ternary / dense for dense, ternary in zip(seconds["dense"], seconds["ternary"], strict=True)]
+        cases[name] = lambda model=model: step(model, ids)
+    interleaved(cases, 1)  # warm: gradients, allocator
+    found = interleaved(cases, repeats)
     return {
-        "dense_step_seconds": statistics.median(seconds["dense"]),
-        "ternary_step_seconds": statistics.median(seconds["ternary"]),
-        "qat_step_overhead": statistics.median(ratios),
+        "timed_shape": {**changes, "tokens": ids.numel()},
+        "repeats": repeats,
+        **medians(found),
+        "dense_step_seconds": found["dense"].seconds,
+        "ternary_step_seconds": found["ternary"].seconds,
+        "limit_products_seconds": found["products"].seconds,
+    }, {
+        "qat_step_overhead": ratio(found["ternary"], found["dense"]),
+        "dense_step_over_products": ratio(found["dense"], found["products"]),
+        "ternary_step_over_products": ratio(found["ternary"], found["products"]),
     }
 
 
@@ -102,11 +131,12 @@ def sizes() -> dict[str, float]:
     }
 
 
-def main() -> None:
+def main() -> int:
     options = arguments(__doc__).parse_args()
+    result, comparisons = overhead(options.quick)
     found = {"parameters": sum(p.numel() for p in new_model(False).parameters()), "threads": torch.get_num_threads()}
-    report({**found, **overhead(2 if options.quick else 9), **sizes()}, options.json)
+    return report({**result, **found, **sizes()}, options.json, comparisons, headline=["qat_step_overhead"])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

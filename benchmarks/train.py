@@ -4,53 +4,101 @@
     python benchmarks/train.py --quick --json
 
 The same student, teacher, rows, batch and AdamW everywhere, float32 on this machine's cores, ordinary causal
-attention, vocabulary 32,768. TRL's GKDTrainer is fed the rows off-policy (lmbda 0, beta 0: forward KL). Tokens a
-second are taken over optimizer steps after the first of each repeat; the cases take turns.
+attention. TRL's GKDTrainer is fed the rows off-policy (lmbda 0, beta 0: forward KL). Tokens a
+second are taken over optimizer steps after the first of each repeat; the cases take turns. `--quick` has a
+third of the layers and three eighths of the tokens, on one thread; its logits are still 50 MB, which the C library maps
+and gives back each time as it does larger ones (below 32 MB it keeps them, and the naive formula costs much less).
+
+The limit is a step of nothing but matrix products and attention; `step_shares` says what else a step holds (shares.py).
 """
 
 import contextlib
-import json
 import os
 import random
-import statistics
 import sys
 import tempfile
-import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
-from common import arguments, report
+from common import Comparison, Span, arguments, interleaved, medians, now, ratio, report, since
 from limbeck import DistillationArguments, DistillationTrainer, LocalTeacher, TeacherCache
 from limbeck.config import Recipe
 from limbeck.data.dataset import PackedDataset
 from limbeck.models import SHIPPED, load_causal_lm
 from limbeck.pipeline import run_pipeline
+from shares import step_shares
 
-V, LENGTH, ROWS, TAU, ALPHA, K = 32768, 256, 4, 2.0, 0.5, 64
-STUDENT = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6}
-TEACHER = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8}
+TAU, ALPHA, K = 2.0, 0.5, 64
+STUDENT = {"hidden_size": 256, "intermediate_size": 768}
+TEACHER = {"hidden_size": 384, "intermediate_size": 1024}
 
 
-def model(sizes: dict, seed: int = 0):
+@dataclass(frozen=True)
+class Size:
+    """Rows of `length` tokens a step; `steps` a repeat, the first not timed; the two models; threads of torch."""
+
+    rows: int
+    steps: int
+    repeats: int
+    vocab: int
+    student_layers: int
+    teacher_layers: int
+    length: int = 256
+    threads: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+    @property
+    def student(self) -> dict:
+        return self._model(STUDENT, self.student_layers)
+
+    @property
+    def teacher(self) -> dict:
+        return self._model(TEACHER, self.teacher_layers)
+
+    def _model(self, widths: dict, layers: int) -> dict:
+        return {
+            "model_type": "llama", "vocab_size": self.vocab, "num_attention_heads": 4, "num_key_value_heads": 4,
+            "tie_word_embeddings": True, "max_position_embeddings": self.length, "pad_token_id": 0,
+            "num_hidden_layers": layers, **widths,
+        }  # fmt: skip
+
+
+FULL = Size(rows=4, steps=6, repeats=5, vocab=32768, student_layers=6, teacher_layers=8)
+QUICK = Size(rows=2, length=192, steps=2, repeats=5, vocab=32768, student_layers=2, teacher_layers=3, threads=1)
+
+
+def model(settings: dict, seed: int = 0):
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(
-        "llama", vocab_size=V, num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True,
-        max_position_embeddings=LENGTH, pad_token_id=0, **sizes,
-    )  # fmt: skip
-    return AutoModelForCausalLM.from_config(config)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
 
 
 class Stopwatch(TrainerCallback):
-    """Seconds from the end of the first step to the end of the last, and the steps between."""
+    """Time of a step, from the end of the first to the end of the last."""
 
     def on_step_end(self, args, state, control, **kwargs):
-        now = time.perf_counter()
         if state.global_step == 1:
-            self.began = now
-        self.seconds, self.steps = now - self.began, state.global_step - 1
+            self._began = now()
+        else:
+            self.step = since(self._began) / (state.global_step - 1)
+
+
+def timed_training(trainer: Trainer):
+    """A case that trains and answers with a step's time."""
+    watch = Stopwatch()
+    trainer.add_callback(watch)
+
+    def case() -> Span:
+        trainer.train()
+        return watch.step
+
+    return case
 
 
 class NaiveTrainer(Trainer):
@@ -72,11 +120,11 @@ class NaiveTrainer(Trainer):
         return (1 - ALPHA) * ce + ALPHA * TAU**2 * kl
 
 
-def common_arguments(folder: Path, steps: int) -> dict:
+def common_arguments(folder: Path, size: Size) -> dict:
     return {
-        "output_dir": str(folder), "max_steps": steps, "per_device_train_batch_size": ROWS, "learning_rate": 1e-4,
-        "logging_steps": 1000, "report_to": "none", "use_cpu": True, "save_strategy": "no", "disable_tqdm": True,
-        "seed": 0, "lr_scheduler_type": "constant",
+        "output_dir": str(folder), "max_steps": size.steps, "per_device_train_batch_size": size.rows,
+        "learning_rate": 1e-4, "logging_steps": 1000, "report_to": "none", "use_cpu": True, "save_strategy": "no",
+        "disable_tqdm": True, "seed": 0, "lr_scheduler_type": "constant",
     }  # fmt: skip
 
 
@@ -91,15 +139,15 @@ def collate(items):
     }
 
 
-def trl_trainer(folder: Path, steps: int, teacher, rows):
+def trl_trainer(folder: Path, size: Size, teacher, rows):
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-    settings = {**common_arguments(folder, steps), "lmbda": 0.0, "beta": 0.0, "temperature": TAU}
+    settings = {**common_arguments(folder, size), "lmbda": 0.0, "beta": 0.0, "temperature": TAU}
     plain = [{"input_ids": rows[i]["input_ids"].tolist()} for i in range(len(rows))]
     import datasets
 
     return GKDTrainer(
-        model=model(STUDENT),
+        model=model(size.student),
         teacher_model=teacher,
         args=GKDConfig(
             **settings, bf16=False, dataset_kwargs={"skip_prepare_dataset": True}, gradient_checkpointing=False,
@@ -111,100 +159,111 @@ def trl_trainer(folder: Path, steps: int, teacher, rows):
     )  # fmt: skip
 
 
-def prepare(folder: Path, steps: int) -> tuple[Path, PackedDataset, Path]:
+def prepare(folder: Path, size: Size) -> tuple[Path, PackedDataset, Path]:
     """A teacher on disk, packed rows and a cache, by the pipeline itself."""
-    model(TEACHER, seed=1).save_pretrained(folder / "teacher")
+    model(size.teacher, seed=1).save_pretrained(folder / "teacher")
     AutoTokenizer.from_pretrained(SHIPPED["tiny-python"]).save_pretrained(folder / "teacher")
     recipe = Recipe.model_validate({
         "output_dir": str(folder / "run"),
-        "dataset": {"name": "stdlib", "max_samples": 24, "max_length": LENGTH, "train_rows": ROWS * steps,
-                    "attention": "packed"},
+        "dataset": {"name": "stdlib", "max_samples": 24, "max_length": size.length,
+                    "train_rows": size.rows * size.steps, "attention": "packed"},
         "teacher": {"model": str(folder / "teacher"), "top_k": K, "splits": ["train"], "max_kl": 1.0},
-        "student": {"config": {"model_type": "llama", **STUDENT}},
+        "student": {"config": {"model_type": "llama", **STUDENT, "num_hidden_layers": size.student_layers}},
     })  # fmt: skip
     run_pipeline(recipe, "cache")
     return folder / "teacher", PackedDataset(recipe.packed_dir, "train", recipe.dataset.train_rows), recipe.cache_dir
 
 
-def build_cases(folder: Path, steps: int) -> dict[str, Trainer]:
-    path, rows, cache = prepare(folder, steps)
+def build_trainers(folder: Path, size: Size) -> dict[str, Trainer]:
+    path, rows, cache = prepare(folder, size)
     teacher = load_causal_lm(str(path), dtype="float32").eval().requires_grad_(False)
-    settings = common_arguments(folder / "out", steps)
+    settings = common_arguments(folder / "out", size)
 
     def ours(teacher, **changes):
         args = DistillationArguments(
             **{**settings, **changes}, alpha=ALPHA, temperature=TAU, attention="packed", loss_chunk_size=None
         )
-        return DistillationTrainer(model(STUDENT), args, teacher=teacher, train_dataset=rows)
+        return DistillationTrainer(model(size.student), args, teacher=teacher, train_dataset=rows)
 
     local = LocalTeacher(teacher, top_k=K, temperatures=(1.0, TAU), attention="packed")
-    cases: dict[str, Trainer] = {
+    trainers: dict[str, Trainer] = {
         "ours_local": ours(local),
         "ours_cached": ours(TeacherCache(cache, "train")),
         "ours_cached_muon_lion": ours(TeacherCache(cache, "train"), optimizer={"name": "muon_lion"}),
         "naive": NaiveTrainer(
-            model(STUDENT), TrainingArguments(**settings, remove_unused_columns=False), teacher=teacher,
+            model(size.student), TrainingArguments(**settings, remove_unused_columns=False), teacher=teacher,
             train_dataset=[{"input_ids": rows[i]["input_ids"]} for i in range(len(rows))], data_collator=collate,
         ),
-        "trl": trl_trainer(folder / "trl", steps, teacher, rows),
+        "trl": trl_trainer(folder / "trl", size, teacher, rows),
     }  # fmt: skip
-    for trainer in cases.values():
+    for trainer in trainers.values():
         trainer.remove_callback(transformers.PrinterCallback)
-    return cases
+    return trainers
 
 
-def optimizer_seconds(trainer: Trainer) -> float:
-    """Median seconds of one optimizer step, on the gradients of a real batch."""
-    trainer.model.train()
-    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-    trainer.compute_loss(trainer.model, inputs).backward()
-    times = []
-    for _ in range(5):
-        started = time.perf_counter()
-        trainer.optimizer.step()
-        times.append(time.perf_counter() - started)
-    trainer.model.zero_grad()
-    return statistics.median(times)
+class OptimizerStep:
+    """A case: one step of a trainer's optimizer, on the gradients of a real batch."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer, self._gradients = trainer, []
+
+    def __call__(self, count: int = 3) -> Span:
+        trainer = self._trainer
+        parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+        if not self._gradients:
+            inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+            trainer.compute_loss(trainer.model.train(), inputs).backward()
+            self._gradients = [p.grad.clone() for p in parameters]
+        for parameter, gradient in zip(parameters, self._gradients, strict=True):
+            parameter.grad = gradient
+        start = now()
+        for _ in range(count):
+            trainer.optimizer.step()
+        span = since(start) / count
+        for parameter in parameters:
+            parameter.grad = None
+        return span
 
 
-def run(steps: int, repeats: int) -> dict:
+def run(size: Size) -> tuple[dict, dict[str, Comparison]]:
     random.seed(0)
+    if size.threads:
+        torch.set_num_threads(size.threads)
     with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(sys.stderr):
-        cases = build_cases(Path(name), steps)
-        watches = {case: Stopwatch() for case in cases}
-        for case, trainer in cases.items():
-            trainer.add_callback(watches[case])
-        seconds: dict[str, list[float]] = {case: [] for case in cases}
-        for _ in range(repeats):
-            for case, trainer in cases.items():
-                trainer.train()
-                seconds[case].append(watches[case].seconds / watches[case].steps)
-        step = {case: statistics.median(found) for case, found in seconds.items()}
-        muon = optimizer_seconds(cases["ours_cached_muon_lion"])
-        adamw = optimizer_seconds(cases["ours_cached"])
+        trainers = build_trainers(Path(name), size)
+        # The optimizers' cases come last: a trainer has its optimizer only once it has trained.
+        cases = {case: timed_training(trainer) for case, trainer in trainers.items()}
+        cases["adamw_step"] = OptimizerStep(trainers["ours_cached"])
+        cases["muon_lion_step"] = OptimizerStep(trainers["ours_cached_muon_lion"])
+        found = interleaved(cases, size.repeats)
+        shares = {case: step_shares(trainers[case], size.steps) for case in trainers if case.startswith("ours")}
+    speed = {case: size.tokens / found[case].seconds for case in trainers}
+    products = {case: part["matrix_products"] + part["of_which_matrix_products"] for case, part in shares.items()}
     return {
-        "shape": {"vocab": V, "length": LENGTH, "rows": ROWS, "student": STUDENT, "teacher": TEACHER, "top_k": K},
+        "shape": {**asdict(size), "student": STUDENT, "teacher": TEACHER, "top_k": K},
         "threads": torch.get_num_threads(),
-        "steps": steps,
-        "repeats": repeats,
-        "tokens_per_second": {case: ROWS * LENGTH / value for case, value in step.items()},
-        "throughput_ratio_vs_naive_trainer": step["naive"] / step["ours_local"],
-        "throughput_ratio_vs_trl": step["trl"] / step["ours_local"],
-        "throughput_ratio_cached_vs_trl": step["trl"] / step["ours_cached"],
-        "adamw_step_seconds": adamw,
-        "muon_lion_step_seconds": muon,
-        "muon_step_share": muon / step["ours_cached_muon_lion"],
+        "steps": size.steps,
+        "repeats": size.repeats,
+        **medians(found),
+        "tokens_per_second": speed,
+        "limit_tokens_per_second": {case: speed[case] / part for case, part in products.items()},
+        "adamw_step_seconds": found["adamw_step"].seconds,
+        "muon_lion_step_seconds": found["muon_lion_step"].seconds,
+        "step_shares": shares,
+    }, {
+        "throughput_ratio_vs_naive_trainer": ratio(found["naive"], found["ours_local"]),
+        "throughput_ratio_vs_trl": ratio(found["trl"], found["ours_local"]),
+        "throughput_ratio_cached_vs_trl": ratio(found["trl"], found["ours_cached"]),
+        "muon_step_share": ratio(found["muon_lion_step"], found["ours_cached_muon_lion"]),
     }
 
 
-def main() -> None:
+def main() -> int:
     options = arguments(__doc__).parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    result = run(*((3, 1) if options.quick else (6, 5)))
-    if not options.json:
-        result = {key: json.dumps(value) if isinstance(value, dict) else value for key, value in result.items()}
-    report(result, options.json)
+    result, comparisons = run(QUICK if options.quick else FULL)
+    return report(result, options.json, comparisons, [name for name in comparisons if name.startswith("throughput")])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
