@@ -16,7 +16,7 @@ from limbeck.errors import ConfigError
 from limbeck.optim.groups import build_groups, check_groups, describe_groups, hidden_matrices
 from limbeck.optim.hybrid import HybridOptimizer
 from limbeck.optim.muon import MatrixLayout, orthogonalise
-from limbeck.optim.schedules import Ramp, schedule_arguments
+from limbeck.optim.schedules import Ramp, build_schedule, schedule_arguments
 
 EXPERTS = {
     "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
@@ -214,18 +214,32 @@ def test_state_goes_round_through_a_checkpoint():
 
 
 def rates(kind, total, warmup, **changes):
-    from transformers import get_scheduler
-
     options = {"decay_ratio": 0.25, "decay_type": "linear", "min_lr_ratio": 0.0, **changes}
-    name, special = schedule_arguments(kind, total, warmup, **options)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    schedule = get_scheduler(name, optimizer, warmup, total, scheduler_specific_kwargs=special)
+    schedule = build_schedule(optimizer, kind, total, warmup, **options)
     found = []
     for _ in range(total):
         found.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
     return found
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "warmup_stable_decay"])
+def test_schedules_are_transformers_own(kind):
+    """Where its warm-up and ours mean the same, every rate is."""
+    from transformers import get_scheduler
+
+    options = {"decay_ratio": 0.25, "decay_type": "cosine", "min_lr_ratio": 0.0}
+    name, special = schedule_arguments(kind, 30, 7, **options)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    theirs = get_scheduler(name, optimizer, 7, 30, scheduler_specific_kwargs=special)
+    found = []
+    for _ in range(30):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        theirs.step()
+    assert rates(kind, 30, 7, decay_type="cosine") == pytest.approx(found, abs=1e-12)
 
 
 def test_schedules_have_their_shapes():
@@ -337,3 +351,65 @@ def test_fully_sharded_over_two_ranks_is_one_process(tmp_path, monkeypatch):
     for name, parameter in model.named_parameters():
         assert not torch.equal(parameter, before[name]), name
         torch.testing.assert_close(full[name], parameter.detach(), atol=1e-5, rtol=0, msg=name)
+
+
+# -- which parameters are what ---------------------------------------------------------------------------------
+
+LATENT = {
+    "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "topk_method": "greedy", "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16, "first_k_dense_replace": 0, "num_key_value_heads": 2, "q_lora_rank": None,
+    "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
+}  # fmt: skip
+FUSED = {
+    # every row of a layout: a name and how many rows one matrix has (0: the whole tensor is one)
+    "mpt": ({"d_model": 32, "n_heads": 2, "n_layers": 1, "max_seq_len": 64}, {"attn.Wqkv.weight": 16}),
+    "granitemoeshared": (
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 24},
+        {"shared_mlp.input_linear.weight": 24, "shared_mlp.output_linear.weight": 0},
+    ),
+    "jetmoe": (
+        {"num_local_experts": 4, "kv_channels": 16, "num_key_value_heads": 2, "num_attention_heads": 4},
+        {"mlp.input_linear.weight": 64, "mlp.output_linear.weight": 0},
+    ),
+    "deepseek_v2": (LATENT, {"self_attn.q_proj.weight": 24, "self_attn.kv_b_proj.weight": 0}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_fused_tensors_of_other_models_are_split_where_their_matrices_end(kind):
+    changes, expected = FUSED[kind]
+    found = hidden_matrices(tiny_model(**{**changes, "vocab_size": 300, "model_type": kind}))
+    for suffix, rows in expected.items():
+        layouts = [layout for name, layout in found.items() if name.endswith(suffix)]
+        assert layouts, (suffix, sorted(found))
+        assert all(layout.rows == rows for layout in layouts), suffix
+
+
+def test_state_space_parameters_do_not_decay():
+    """Mamba's A_log is two-dimensional and no matrix: its decay would change how long the state lasts."""
+    model = tiny_model(vocab_size=300, model_type="mamba", state_size=8, intermediate_size=64)
+    groups = build_groups(model, OptimizerConfig(), 1e-3, 0.1)
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    by_name = dict(model.named_parameters())
+    a_log = next(p for name, p in by_name.items() if name.endswith("A_log"))
+    assert a_log.ndim == 2
+    for name, parameter in by_name.items():
+        wanted = 0.1 if parameter.ndim >= 2 and not name.endswith("A_log") else 0.0
+        assert decay[id(parameter)] == wanted, name
+    marked = torch.nn.Linear(4, 4, bias=False)
+    marked.weight._no_weight_decay = True
+    assert build_groups(marked, OptimizerConfig(), 1e-3, 0.1)[0]["weight_decay"] == 0.0
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "warmup_stable_decay"])
+def test_a_warm_up_begins_at_nothing_wherever_the_decay_ends(kind):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = build_schedule(optimizer, kind, 20, 4, decay_ratio=0.25, decay_type="linear", min_lr_ratio=0.2)
+    found = []
+    for _ in range(21):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert found[:5] == pytest.approx([0.0, 0.25, 0.5, 0.75, 1.0])
+    assert found[20] == pytest.approx(0.2, abs=1e-6)
+    assert min(found[4:]) >= 0.2 - 1e-6

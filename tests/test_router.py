@@ -1,22 +1,30 @@
 """Router losses beside transformers' own, in the trainer, and the dense loss beside the fused one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from conftest import tiny_model
 from limbeck import DistillationTrainer, LocalTeacher, SparseTargets, fused_distillation_loss
+from limbeck.data.dataset import PackedRows
 from limbeck.errors import ConfigError
 from limbeck.losses.dense import dense_distillation_loss
-from limbeck.losses.router import router_losses
+from limbeck.losses.router import RouterTap, Routing, router_losses
+from limbeck.training.head import LossRequest, attach_fused_loss
 from test_optim import EXPERTS
 from test_trainer import arguments, largest_difference, weights
+
+
+def by_logits(logits, top_k):
+    return [Routing(logits, logits.topk(top_k, dim=-1).indices)]
 
 
 def test_load_balance_is_transformers_over_top_k():
     torch.manual_seed(0)
     logits = torch.randn(50, 8)
-    ours = router_losses([logits], None, top_k=2)
+    ours = router_losses(by_logits(logits, 2), None)
     theirs = load_balancing_loss_func((logits,), 8, 2)
     torch.testing.assert_close(ours.load_balance * 2, theirs)
     torch.testing.assert_close(ours.aux, logits.logsumexp(-1).square().mean())
@@ -25,17 +33,65 @@ def test_load_balance_is_transformers_over_top_k():
 
 def test_perfect_balance_is_one_and_padding_does_not_count():
     logits = 20.0 * torch.eye(4).repeat(2, 1)
-    assert float(router_losses([logits], None, top_k=1).load_balance) == pytest.approx(1.0, abs=1e-4)
+    assert float(router_losses(by_logits(logits, 1), None).load_balance) == pytest.approx(1.0, abs=1e-4)
     padded = torch.cat([logits, torch.full((5, 4), 7.0)])
     mask = torch.arange(13) < 8
-    whole, masked = router_losses([logits], None, 1), router_losses([padded], mask, 1)
+    whole, masked = router_losses(by_logits(logits, 1), None), router_losses(by_logits(padded, 1), mask)
     torch.testing.assert_close(whole.load_balance, masked.load_balance)
     torch.testing.assert_close(whole.aux, masked.aux)
-    entropy = router_losses([logits], None, 1, "entropy").aux
+    entropy = router_losses(by_logits(logits, 1), None, "entropy").aux
     p = logits.softmax(-1)
     torch.testing.assert_close(entropy, -(p * p.log()).sum(-1).mean(), atol=1e-6, rtol=1e-4)
     with pytest.raises(ConfigError, match="choose z or entropy"):
-        router_losses([logits], None, 1, "other")
+        router_losses(by_logits(logits, 1), None, "other")
+
+
+DEEPSEEK = {
+    "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+    "first_k_dense_replace": 0, "num_key_value_heads": 2,
+}  # fmt: skip
+BIASED = {
+    "deepseek_v3": {**DEEPSEEK, "q_lora_rank": None, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
+                    "v_head_dim": 16},
+    "glm4_moe": {**DEEPSEEK, "head_dim": 16},
+    "dots1": {**DEEPSEEK, "head_dim": 16, "n_shared_experts": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BIASED)
+def test_the_load_is_that_of_the_experts_really_chosen(kind):
+    """A correction bias sends every token to experts 0 and 1, whatever their logits; scores are sigmoids."""
+    model = tiny_model(vocab_size=300, model_type=kind, **BIASED[kind])
+    gate = next(module for module in model.modules() if hasattr(module, "e_score_correction_bias"))
+    gate.e_score_correction_bias[:2] += 10.0
+    attach_fused_loss(model)
+    ids = torch.arange(24).reshape(2, 12)
+    rows = PackedRows(torch.arange(2), ids, torch.zeros_like(ids))
+    seen = []
+    gate.register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
+    request = LossRequest(rows.labels, None, {"temperature": 1.0}, router=(0.3, 0.0, "z"))
+    found = model(**rows.model_inputs("packed"), loss_request=request)
+    torch.testing.assert_close(found.router.load, torch.tensor([0.5, 0.5, 0, 0, 0, 0, 0, 0]))
+    scores = seen[-1].double().sigmoid()[rows.labels.flatten() >= 0]
+    share = (scores / scores.sum(-1, keepdim=True)).mean(0)
+    assert float(found.router.load_balance) == pytest.approx(8 * 0.5 * float(share[0] + share[1]), rel=1e-5)
+
+
+def test_a_router_inside_an_attention_layer_counts_once():
+    sizes = {"num_local_experts": 4, "kv_channels": 16, "num_key_value_heads": 2, "num_attention_heads": 4}
+    model = tiny_model(vocab_size=300, model_type="jetmoe", **sizes)
+    assert len(RouterTap(model).routers) == 2  # one of attention, one of the feed-forward layer
+
+
+def test_routers_that_tell_no_choice_are_refused_unless_their_losses_are_off():
+    model = tiny_model(vocab_size=300, model_type="doge", is_moe=True, num_experts=16, num_experts_per_tok=2)
+    attach_fused_loss(model)
+    ids = torch.arange(12).reshape(1, 12)
+    rows = PackedRows(torch.arange(1), ids, torch.zeros_like(ids))
+    request = LossRequest(rows.labels, None, {"temperature": 1.0}, router=(0.01, 0.001, "z"))
+    with pytest.raises(ConfigError, match=r"loss.load_balance is 0.01 .* DogeCDMoE routes by .* Set both to 0"):
+        model(**rows.model_inputs("packed"), loss_request=request)
+    assert model(**rows.model_inputs("packed"), loss_request=replace(request, router=(0.0, 0.0, "z"))).router is None
 
 
 def test_router_losses_train_the_router_and_are_logged(packed, tmp_path):
@@ -77,14 +133,15 @@ def test_accumulation_weighs_the_auxiliary_by_positions(packed, tmp_path):
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "skewed_kl", "tvd"])
+@pytest.mark.parametrize("tail", ["bucket", "renormalise", "ignore"])
 @pytest.mark.parametrize("top_k", [5, None])
-def test_dense_loss_is_the_fused_one(divergence, top_k):
+def test_dense_loss_is_the_fused_one(divergence, tail, top_k):
     torch.manual_seed(0)
     hidden, weight = torch.randn(2, 6, 16), torch.randn(40, 16)
     labels = torch.randint(0, 40, (2, 6))
     labels[0, 3] = -100
     targets = SparseTargets.from_logits(torch.randn(2, 6, 40) * 2, top_k, (1.0, 2.0))
-    settings = {"alpha": 0.7, "temperature": 2.0, "divergence": divergence}
+    settings = {"alpha": 0.7, "temperature": 2.0, "divergence": divergence, "tail": tail, "jsd_beta": 0.3, "skew": 0.3}
     fused = fused_distillation_loss(hidden, weight, labels, targets, **settings).loss
     dense = dense_distillation_loss(hidden @ weight.T, labels, targets, **settings)
     torch.testing.assert_close(dense, fused, atol=1e-5, rtol=1e-5)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +14,11 @@ from safetensors.torch import load_file
 from conftest import tiny_model
 from limbeck import DistillationArguments, DistillationTrainer, LocalTeacher, TeacherCache
 from limbeck.config import Recipe
+from limbeck.data.dataset import PackedRows
 from limbeck.errors import ConfigError, CorruptError, LimbeckError
 from limbeck.teachers.build_cache import build_cache
+from limbeck.training.collate import RowCollator
+from limbeck.training.head import LossRequest, attach_fused_loss
 from limbeck.training.stages import train
 
 
@@ -263,9 +267,9 @@ def test_log_lines_have_the_promised_form(recipe_tree, packed, tmp_path):
     lines = (tmp_path / "student" / "training.log").read_text().splitlines()
     import re
 
-    assert re.fullmatch(r"\[     2/      4\] loss=\d+\.\d\d lr=\S+ gnorm=\d+\.\d tok/s=\d+ elapsed=\d+s", lines[0]), (
-        lines[0]
-    )
+    # The teacher's share is shown where the machine made it wait.
+    numbers = r"loss=\d+\.\d\d lr=\S+ gnorm=\d+\.\d tok/s=\d+ elapsed=\d+s(?: teacher=\d+%)?"
+    assert re.fullmatch(rf"\[     2/      4\] {numbers}", lines[0]), lines[0]
     assert re.fullmatch(r"Step 2: Total Loss: \d+\.\d{4}, CE Loss: \d+\.\d{4}, KL Loss: \d+\.\d{4}", lines[1]), lines[1]
 
 
@@ -331,3 +335,145 @@ def test_rotation_keeps_the_newest_and_the_best(recipe_tree, packed, tmp_path):
     train(recipe, tmp_path / "student")
     kept = sorted(path.name for path in (tmp_path / "student").glob("step_*"))
     assert kept == ["step_5", "step_6"]
+
+
+def test_a_better_older_checkpoint_outlives_the_rotation(packed, tmp_path):
+    """Best at step 2 of 5 with room for two: steps 2, 4 and 5 stay, and `best/` is step 2."""
+    trainer = DistillationTrainer(
+        tiny_model(),
+        arguments(tmp_path, max_steps=5, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,
+                  save_total_limit=2, metric_for_best_model="eval_loss", greater_is_better=False),
+        train_dataset=packed, eval_dataset=packed,
+    )  # fmt: skip
+    losses = iter([3.0, 1.0, 2.0, 2.5, 2.6])
+
+    def evaluate(*args, **kwargs):
+        metrics = {"eval_loss": next(losses)}
+        trainer.log(metrics)
+        trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
+        return metrics
+
+    trainer.evaluate = evaluate
+    trainer.train()
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_2", "step_4", "step_5"]
+    assert trainer.state.best_global_step == 2
+    best, second = (load_file(tmp_path / name / "model.safetensors") for name in ("best", "step_2"))
+    assert all(torch.equal(best[name], second[name]) for name in second)
+
+
+def test_a_start_from_elsewhere_that_is_killed_twice_ends_as_undisturbed(recipe_tree, packed, tmp_path, monkeypatch):
+    """`resume_from` holds for the first start alone; what is killed afterwards goes on from its own checkpoints."""
+    base = {**recipe_tree["training"], "mode": "ce", "save_steps": 1, "save_total_limit": None, "max_steps": 2}
+    train(with_changes(recipe_tree, training=base), tmp_path / "first")
+    changed = {**base, "max_steps": 6, "learning_rate": 5e-3, "resume_from": str(tmp_path / "first" / "step_2")}
+    recipe = with_changes(recipe_tree, training=changed)
+    train(recipe, tmp_path / "whole")
+    original = DistillationTrainer._save_checkpoint
+    for after in (1, 2):  # killed after one save, then after two more
+        saved = []
+
+        def dies(self, model, trial, saved=saved, after=after):
+            original(self, model, trial)
+            saved.append(1)
+            if len(saved) == after:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(DistillationTrainer, "_save_checkpoint", dies)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, tmp_path / "cut")
+    monkeypatch.setattr(DistillationTrainer, "_save_checkpoint", original)
+    train(recipe, tmp_path / "cut")
+    lines = [json.loads(line) for line in (tmp_path / "cut" / "provenance.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 3, 5]
+    name = "final/model.safetensors"
+    assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_filler_and_borders_carry_no_loss():
+    """Rows that are filled up: no label at the filler, before it, or across a border, whatever ids stand there."""
+    items = [
+        {"input_ids": [4, 5, 6, 7, 8], "doc_ids": [0, 0, 1, 1, -1], "row_id": 0},
+        {"input_ids": [9, 9, 9], "doc_ids": [2, -1, -1], "row_id": 1},
+    ]
+    batch = RowCollator(None, pad_id=3)(items)
+    none = -100
+    assert batch["labels"].tolist() == [[5, none, 7, none, none], [none] * 5]
+    assert batch["doc_ids"].tolist() == [[0, 0, 1, 1, -1], [2, -1, -1, -1, -1]]
+    assert batch["input_ids"][1].tolist() == [9, 9, 9, 3, 3]
+    model = tiny_model()
+    attach_fused_loss(model)
+    rows = PackedRows(batch["row_ids"], batch["input_ids"], batch["doc_ids"])
+    request = LossRequest(batch["labels"], None, {"temperature": 1.0})
+    assert int(model(**rows.model_inputs("packed"), loss_request=request).parts.num_valid) == 2
+
+
+@pytest.mark.parametrize("attention", ["packed", "per_document"])
+def test_padding_in_front_is_padding_behind(attention):
+    """Left-padded items (a generation's batch) train as the same items padded on the right."""
+    ids, labels = [11, 12, 13, 14], [-100, -100, 13, 14]
+    left = {"input_ids": [0, 0, *ids], "attention_mask": [0, 0, 1, 1, 1, 1], "labels": [-100, -100, *labels]}
+    right = {"input_ids": [*ids, 0, 0], "attention_mask": [1, 1, 1, 1, 0, 0], "labels": [*labels, -100, -100]}
+    one, other = RowCollator(None)([left]), RowCollator(None)([right])
+    for key in one:
+        assert torch.equal(one[key], other[key]), key
+    model = tiny_model()
+    attach_fused_loss(model)
+    rows = PackedRows(one["row_ids"], one["input_ids"], one["doc_ids"])
+    found = model(**rows.model_inputs(attention), loss_request=LossRequest(one["labels"], None, {"temperature": 1.0}))
+    with torch.no_grad():
+        logits = tiny_model()(input_ids=torch.tensor([ids])).logits[0, 1:3]
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor([13, 14]), reduction="sum")
+    torch.testing.assert_close(found.parts.ce_sum.float(), expected)
+
+
+def distributions(rows, *models):
+    """Each model's own next-token distributions at the labelled positions, `[N, V]` in float64."""
+    with torch.no_grad():
+        return [m(**rows.model_inputs("per_document")).logits[rows.labels >= 0].double().softmax(-1) for m in models]
+
+
+def student_and_teacher():
+    student, teacher = tiny_model(seed=1), tiny_model(seed=9)
+    with torch.no_grad():
+        for model in (student, teacher):
+            model.get_input_embeddings().weight.mul_(15.0)
+    return student, teacher
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl"])
+def test_the_distance_to_the_teacher_is_one_number_whatever_is_trained(packed, tmp_path, divergence):
+    """`eval_kl_to_teacher` is the forward KL at temperature 1 over all ids; the trained one has its own name."""
+    student, teacher = student_and_teacher()
+    trainer = DistillationTrainer(
+        student, arguments(tmp_path, divergence=divergence, temperature=2.0), teacher=LocalTeacher(teacher, top_k=3),
+        train_dataset=packed, eval_dataset=packed,
+    )  # fmt: skip
+    found = trainer.evaluate()
+    p, q = distributions(packed.rows(range(len(packed))), teacher, student)
+    kl = float((p * (p / q).log()).sum(-1).mean())
+    assert found["eval_kl_to_teacher"] == pytest.approx(kl, rel=1e-4)
+    assert found["eval_divergence"] != pytest.approx(kl, rel=0.05)
+    assert "eval_kl_to_teacher_at_least" not in found
+
+
+def test_a_teacher_that_gives_some_ids_alone_bounds_the_distance(packed, tmp_path):
+    """Of the (K+1)-partition at temperature 1; the bound is named as one."""
+    student, model = student_and_teacher()
+    local = LocalTeacher(model, top_k=3)
+    teacher = SimpleNamespace(
+        temperatures=local.temperatures,
+        vocab_size=4096,
+        in_workers=False,
+        targets=local.targets,
+        template=local.template,
+    )
+    trainer = DistillationTrainer(
+        student, arguments(tmp_path, divergence="jsd"), teacher=teacher, train_dataset=packed, eval_dataset=packed
+    )
+    found = trainer.evaluate()
+    p, q = distributions(packed.rows(range(len(packed))), model, student)
+    top = p.topk(3).indices
+    ps, qs = (torch.cat([x.gather(1, top), 1 - x.gather(1, top).sum(-1, keepdim=True)], dim=-1) for x in (p, q))
+    expected = float((ps * (ps / qs).log()).sum(-1).mean())
+    assert found["eval_kl_to_teacher_at_least"] == pytest.approx(expected, rel=1e-4)
+    assert "eval_kl_to_teacher" not in found

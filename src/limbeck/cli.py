@@ -170,6 +170,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if as_json:
             sys.stdout.write(json.dumps({"error": str(error), "exit_code": error.exit_code}) + "\n")
         return error.exit_code
+    except Exception as error:
+        from limbeck.storage import disk_problem
+
+        problem = disk_problem(error)
+        if problem is None:
+            raise
+        message = f"a file could not be written ({problem}). Make room, or choose a folder that can be written."
+        sys.stderr.write(f"error: {message}\n")
+        if as_json:
+            sys.stdout.write(json.dumps({"error": message, "exit_code": 1}) + "\n")
+        return 1
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; run the same command again to continue\n")
         return 130
@@ -221,8 +232,12 @@ def _execute(name: str, words: list[str], as_json: bool) -> int:
     function: commands.Command = getattr(commands, sub.function)
     with contextlib.redirect_stdout(sys.stderr):  # stdout carries the result alone
         result = function(recipe, commands.Options(**switches_given))
-        ranks.shut_down()
+        was_a_rank = ranks.shut_down()
     commands.print_result(result, as_json)
+    if was_a_rank:  # threads of the process group that are still there would abort the interpreter's own end
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
     return 0
 
 

@@ -72,6 +72,15 @@ def warn(message: str) -> None:
     logger.warning("WARNING: %s", message)
 
 
+def printable(text: str, limit: int = 300) -> str:
+    """Text of unknown origin as one line that a terminal and a log can show: no control characters, not long.
+
+    What is no printable character (line ends, ANSI codes, halves of surrogate pairs) is written as its escape.
+    """
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:limit])
+    return shown + ("…" if len(text) > limit else "")
+
+
 def set_up_logging() -> None:
     """Send limbeck's own messages to stderr, bare, and quieten the libraries below it."""
     if not logger.handlers:

@@ -27,6 +27,7 @@ from limbeck.storage import (
     StageFolder,
     atomic_write_text,
     folder_lock,
+    plain_disk_errors,
     read_json,
     read_manifest,
     write_json,
@@ -353,7 +354,8 @@ def _run_node(recipe: Recipe, node: Node, *, force: bool) -> str:
         say(f"{node.name}: found done (an earlier run with these settings)")
         return "skipped"
     say(f"{node.name}: running")
-    node.make(stage, force)
+    with plain_disk_errors(node.folder):
+        node.make(stage, force)
     if node.shared and ranks.world_size() > 1:
         ranks.wait_until(stage.is_done, f"the other ranks to finish {node.folder}")
     if not stage.is_done():

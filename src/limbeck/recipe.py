@@ -78,6 +78,46 @@ _Loader.add_implicit_resolver(
 )
 
 
+_MOST_NODES = 100_000
+
+
+def _read_yaml(text: str) -> Any:
+    """The value of a YAML document, once it is known to be small when its aliases are written out.
+
+    Raises:
+        yaml.YAMLError, RecursionError: no YAML, a key twice in one mapping, or more values than any recipe has.
+    """
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _size(node, {}) > _MOST_NODES:
+            raise yaml.YAMLError(f"its aliases stand for more than {_MOST_NODES:,} values")
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _size(node: Any, known: dict[int, int]) -> int:
+    """Values in a node with all aliases written out; refuses a mapping with a key twice."""
+    if id(node) in known:
+        return known[id(node)]
+    known[id(node)] = _MOST_NODES + 1  # until it is known: a node inside itself has no end
+    size = 1
+    if isinstance(node, yaml.SequenceNode):
+        size += sum(_size(part, known) for part in node.value)
+    elif isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen and key.value != "<<":
+                raise yaml.YAMLError(f"the key {key.value!r} stands twice (line {key.start_mark.line + 1}); remove one")
+            seen.add(str(key.value))
+            size += _size(key, known) + _size(value, known)
+    known[id(node)] = min(size, _MOST_NODES + 1)
+    return known[id(node)]
+
+
 def sections(annotation: Any) -> type[BaseModel] | None:
     """The pydantic model inside an annotation such as `Section`, `Section | None` or `list[Section]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -140,8 +180,8 @@ def _parse_value(text: str, flag: str, field: Any) -> Any:
     if kinds & {str, Path}:
         return None if text == "null" and type(None) in kinds else text
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError as error:
+        return _read_yaml(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(f"the value of {flag} is not valid YAML: {text!r}") from error
 
 
@@ -172,8 +212,10 @@ def load_recipe(path: Path | None, overrides: Mapping[str, Any] | None = None) -
         if not path.is_file():
             raise ConfigError(f"recipe {path} does not exist. Give the path of a YAML file.")
         try:
-            tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}  # noqa: S506 (a SafeLoader)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            tree = _read_yaml(path.read_text(encoding="utf-8")) or {}
+        except RecursionError:
+            raise ConfigError(f"recipe {path} is nested too deeply; no recipe is.") from None
+        except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
             raise ConfigError(f"recipe {path} is not valid YAML: {error}") from error
         if not isinstance(tree, dict):
             raise ConfigError(f"recipe {path} holds a {type(tree).__name__}; it must be a mapping of sections.")

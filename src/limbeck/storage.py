@@ -6,9 +6,11 @@ so a folder with inputs but no manifest is unfinished work that the same inputs 
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -94,19 +96,90 @@ def commit_file(temporary: Path, final: Path) -> None:
 
 
 def commit_folder(temporary: Path, final: Path) -> None:
-    """Move a finished temporary folder into place of what is there, all of it flushed first."""
+    """Move a finished temporary folder into place of what is there, all of it flushed first.
+
+    The two exchange names in one step, so that `final` is a whole folder at every moment. Where the system cannot do
+    that, the old one waits as `.NAME.old` until the new one is in place, and is put back if that never happened.
+    """
     fsync_tree(temporary)
-    if final.exists():
-        shutil.rmtree(final)
-    temporary.rename(final)
+    old = final.with_name(f".{final.name}.old")
+    if old.exists() and not final.exists():
+        old.rename(final)
+    if not final.exists():
+        temporary.rename(final)
+    elif _exchange(temporary, final):
+        shutil.rmtree(temporary)
+    else:
+        if old.exists():
+            shutil.rmtree(old)
+        final.rename(old)
+        temporary.rename(final)
+        shutil.rmtree(old)
     fsync_folder(final.parent)
+
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two paths exchange what they name in one step (Linux); False where that cannot be done."""
+    import ctypes
+
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:
+        return False
+    done = rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
+    return bool(done == 0)
+
+
+#: What an error says when it is the disk's: by number, or in the words of libraries that have no type for it.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+_DISK_WORDS = re.compile(
+    r"No space left on device|Disk quota exceeded|File too large|Read-only file system|Input/output error|"
+    r"os error (28|122|27|30|5)\b|PytorchStreamWriter failed"
+)
+
+
+def disk_problem(error: BaseException) -> str | None:
+    """What is wrong with the disk, if that is what the error is about (full, read-only, over quota, broken)."""
+    if isinstance(error, OSError) and error.errno in _DISK:
+        where = f": {error.filename}" if error.filename else ""
+        return f"{os.strerror(error.errno)}{where}"
+    found = _DISK_WORDS.search(str(error))
+    return str(error).splitlines()[0][:200] if found else None
+
+
+@contextmanager
+def plain_disk_errors(folder: Path) -> Iterator[None]:
+    """Say in one line that `folder` cannot be written, whichever library found out.
+
+    Raises:
+        LimbeckError: instead of an error of the disk.
+    """
+    try:
+        yield
+    except LimbeckError:
+        raise
+    except Exception as error:
+        problem = disk_problem(error)
+        if problem is None:
+            raise
+        raise LimbeckError(
+            f"{folder} could not be written ({problem}). Make room, or choose a folder that can be written, and run "
+            "the same command again: what is finished stays, and the rest is continued."
+        ) from None
 
 
 def atomic_write_text(path: Path, text: str) -> None:
     """Write `text` so that a reader or a crash sees the old file or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    commit_file(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        commit_file(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -164,6 +237,21 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     whole = {"schema_version": SCHEMA_VERSION, **manifest}
     write_json(folder / MANIFEST, whole)
     return whole
+
+
+def require_shard(path: Path, told: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Refuse a shard that says of itself something else than its folder's manifest says of it.
+
+    Raises:
+        CorruptError: names the first difference; a shard of an earlier limbeck says nothing.
+    """
+    for key, value in wanted.items():
+        if told.get(key) != value:
+            raise CorruptError(
+                f"{path} says {key} {told.get(key)} of itself, and by the manifest it should be {value}: the manifest "
+                "was edited, shards were exchanged, or another version wrote it. Make "
+                f"{path.parent} again with --force."
+            )
 
 
 def inside(folder: Path, name: str) -> Path:

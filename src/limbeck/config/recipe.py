@@ -76,6 +76,10 @@ class TeacherServerConfig(Section):
     max_queue_tokens: PositiveInt = Field(262144, description="Tokens waiting before new requests are sent away.")
     max_body_mb: Positive = Field(4.0, description="Size of a request's body.")
     max_reply_mb: Positive = Field(256.0, description="Size of a reply.")
+    max_replies_mb: Positive = Field(
+        1024.0, description="Size of all replies that are being read; more are sent away for a while."
+    )
+    max_connections: PositiveInt = Field(512, description="Connections at once; more are closed as they come.")
 
 
 class PipelineConfig(Section):
@@ -91,7 +95,9 @@ class PipelineConfig(Section):
 class Recipe(Section):
     """One whole run: data, teacher, student, losses, training, evaluation."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = Field("run", description="Name of the run.")
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$")] = Field(
+        "run", description="Name of the run."
+    )
     output_dir: Path | None = Field(None, description="Folder of the run; default outputs/NAME.")
     seed: Seed = Field(0, description="Seed of initialisation and data order.")
     dataset: DatasetConfig = Field(default_factory=DatasetConfig, description="Text and packing.")

@@ -6,6 +6,7 @@ The one idea: a row is `input_ids` and `doc_ids`; labels, positions and the loss
 Shapes: B rows, T tokens in a row.
 """
 
+import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ import torch
 
 from limbeck.data.tokenizer import LoadedTokenizer, require_same
 from limbeck.errors import CorruptError, MismatchError
-from limbeck.storage import fingerprint, inside, read_manifest, sha256_file_cached
+from limbeck.storage import fingerprint, inside, read_manifest, require_shard, sha256_file_cached
 
 IGNORE = -100
+#: The key under which a shard, Parquet or HDF5, says which rows it holds.
+SHARD_FACTS = "limbeck"
 _IN_MEMORY_BYTES = 1 << 29
 _CACHED_GROUPS = 64
 
@@ -72,6 +75,11 @@ class PackedRows:
         return PackedRows(self.row_ids[start:stop], self.input_ids[start:stop], self.doc_ids[start:stop])
 
 
+def shard_facts(split: str, first_row: int, rows: int, max_length: int) -> dict[str, Any]:
+    """Which rows a shard holds: kept inside it, so that a manifest can not give it those of another."""
+    return {"split": split, "first_row": first_row, "rows": rows, "max_length": max_length}
+
+
 class PackedDataset(torch.utils.data.Dataset[dict[str, Any]]):
     """Rows of one split of a folder made by `limbeck data pack`.
 
@@ -81,7 +89,7 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     Raises:
         IncompleteError: the folder is unfinished.
-        CorruptError: a shard is missing, truncated or altered.
+        CorruptError: a shard is missing, truncated or altered, or holds other rows than the manifest says.
     """
 
     def __init__(self, folder: Path | str, split: str = "train", max_rows: int | None = None) -> None:
@@ -93,11 +101,14 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         self.max_length = int(self.manifest["max_length"])
         self._total = int(self._starts[-1])
         self._length = min(self._total, max_rows or self._total)
-        for shard in self._shards:
+        self._files: dict[int, Any] = {}
+        for number, shard in enumerate(self._shards):
             check_file(self.folder, shard["file"], shard["sha256"])
+            wanted = shard_facts(split, int(self._starts[number]), shard["rows"], self.max_length)
+            require_shard(self.folder / shard["file"], self._facts(number), wanted)
+            self._files.pop(number).close()  # a large dataset has more shards than a process may have files
         self._memory: np.ndarray | None = None
         self._groups: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
-        self._files: dict[int, Any] = {}
 
     @property
     def fingerprint(self) -> str:
@@ -150,6 +161,12 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, Any]]):
             if len(self._groups) > _CACHED_GROUPS:
                 self._groups.popitem(last=False)
         return np.array(self._groups[shard, group][offset])
+
+    def _facts(self, number: int) -> dict[str, Any]:
+        """What a shard says of itself; its rows are counted."""
+        file = self._open(number)
+        told = (file.schema_arrow.metadata or {}).get(SHARD_FACTS.encode())
+        return {**(json.loads(told) if told else {}), "rows": file.metadata.num_rows}
 
     def _open(self, number: int) -> Any:
         import pyarrow.parquet as pq

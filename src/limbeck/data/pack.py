@@ -8,6 +8,7 @@ Rows hold `input_ids` and `doc_ids` (fixed-size lists of int32). A document ends
 end-of-text id; the last row of a split is filled with it, its `doc_ids` there being -1.
 """
 
+import json
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ import numpy as np
 
 from limbeck.config import DatasetConfig
 from limbeck.console import progress, say
+from limbeck.data.dataset import SHARD_FACTS, shard_facts
 from limbeck.data.sources import Document, Source, held_out, open_source
 from limbeck.data.tokenize import tokenize_documents
 from limbeck.data.tokenizer import LoadedTokenizer
@@ -37,15 +39,19 @@ class _Split:
     shards: list[dict[str, Any]] = field(default_factory=list)
     document: int = 0  # the first row that is not in a shard starts in this document,
     offset: int = 0  # at this token of it
+    begun: tuple[int, int] = (0, 0)  # the same when this run began
+    current: tuple[int, int] = (-1, 0)  # the document that is coming in, and how many of its tokens have come
     pending: int = 0
     segments: deque[tuple[int, int, np.ndarray]] = field(default_factory=deque)  # document, offset, ids
 
     def add(self, number: int, ids: np.ndarray) -> None:
-        """Append a document; of the one a continued run starts in, only what no shard holds yet."""
-        offset = self.offset if number == self.document and not self.segments else 0
-        if len(ids) > offset:
-            self.segments.append((number, offset, ids[offset:]))
-            self.pending += len(ids) - offset
+        """Append (a piece of) a document; of the one a continued run starts in, only what no shard holds yet."""
+        start = self.current[1] if number == self.current[0] else 0
+        self.current = (number, start + len(ids))
+        known = max(self.begun[1] - start, 0) if number == self.begun[0] else 0
+        if len(ids) > known:
+            self.segments.append((number, start + known, ids[known:]))
+            self.pending += len(ids) - known
 
     def take(self, rows: int, length: int, filler: int) -> tuple[np.ndarray, np.ndarray]:
         """Cut `rows` rows off the front; `filler` fills up a last, shorter row."""
@@ -57,7 +63,7 @@ class _Split:
             used = min(len(ids), len(tokens) - place)
             tokens[place : place + used], owners[place : place + used] = ids[:used], number
             place += used
-            self.document, self.offset = number + 1, 0
+            self.document, self.offset = number, offset + used
             if used < len(ids):
                 self.segments.appendleft((number, offset + used, ids[used:]))
         if self.segments:
@@ -106,6 +112,8 @@ def _pack(config: DatasetConfig, source: Source, tokenizer: LoadedTokenizer, sta
     folder = stage.path
     splits = _resume(folder)
     total_documents = _pack_all(config, source, tokenizer, folder, splits)
+    if source.without_text:
+        say(f"{source.without_text} rows hold no text (null) and are left out")
     manifest = _manifest(config, tokenizer, stage, splits, total_documents)
     if not manifest["splits"]["train"]["rows"]:
         stage.clear()
@@ -131,6 +139,7 @@ def _resume(folder: Path) -> dict[str, _Split]:
         for name, state in read_json(path).items():
             split = splits[name]
             split.shards, split.document, split.offset = state["shards"], state["document"], state["offset"]
+            split.begun = (split.document, split.offset)
         finished = sum(len(split.shards) for split in splits.values())
         say(f"continuing after {finished} finished shards in {folder}")
     return splits
@@ -153,17 +162,17 @@ def _pack_all(
                 return
             count = number + 1
             name = "validation" if held_out(document.key, config.validation_fraction) else "train"
-            if document.text and number >= splits[name].document:
+            if number >= splits[name].begun[0]:
                 yield number, name, document
 
     with progress("packing documents", config.max_samples) as bar:
-        for number, name, ids in tokenize_documents(wanted(), tokenizer, config.num_proc):
+        for number, name, ids, is_last in tokenize_documents(wanted(), tokenizer, config.num_proc):
             split = splits[name]
             split.add(number, ids)
             while split.pending >= config.rows_per_shard * config.max_length:
                 rows = split.take(config.rows_per_shard, config.max_length, tokenizer.eos_id)
                 _write_shard(folder, splits, name, *rows)
-            bar.advance()
+            bar.advance(is_last)
     for name, split in splits.items():
         if split.pending:
             last = -(-split.pending // config.max_length)
@@ -177,11 +186,11 @@ def _write_shard(folder: Path, splits: dict[str, _Split], name: str, tokens: np.
 
     split = splits[name]
     file = f"{name}-{len(split.shards):05d}.parquet"
+    facts = shard_facts(name, sum(shard["rows"] for shard in split.shards), *tokens.shape)
     columns = [pa.FixedSizeListArray.from_arrays(pa.array(a.ravel()), tokens.shape[1]) for a in (tokens, owners)]
     temporary = folder / f".{file}.tmp"
-    pq.write_table(
-        pa.table(columns, names=["input_ids", "doc_ids"]), temporary, compression="snappy", row_group_size=64
-    )
+    table = pa.table(columns, names=["input_ids", "doc_ids"]).replace_schema_metadata({SHARD_FACTS: json.dumps(facts)})
+    pq.write_table(table, temporary, compression="snappy", row_group_size=64)
     commit_file(temporary, folder / file)
     split.shards.append(
         {

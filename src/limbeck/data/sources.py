@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from limbeck.config import DatasetConfig
+from limbeck.console import printable
 from limbeck.errors import LimbeckError
 from limbeck.storage import fingerprint, sha256_file_cached
 
@@ -34,16 +35,44 @@ _STDLIB_SKIP = {
 }
 
 
+_CHUNK = 1 << 18  # characters of a file that are read at once
+
+
 @dataclass(frozen=True)
 class Document:
-    """One text and the name it keeps."""
+    """One text and the name it keeps.
+
+    Attributes:
+        key: the name.
+        content: the text, or the file that holds it.
+    """
 
     key: str
-    text: str
+    content: str | Path
+
+    def chunks(self) -> Iterator[str]:
+        """The text, a bounded part at a time when it is a file; bytes that are no UTF-8 become U+FFFD."""
+        if isinstance(self.content, str):
+            yield self.content
+            return
+        with self.content.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+            while chunk := file.read(_CHUNK):
+                yield chunk
+
+    @property
+    def text(self) -> str:
+        """The whole text."""
+        return "".join(self.chunks())
 
 
 class Source(Protocol):
-    """An ordered, repeatable stream of documents."""
+    """An ordered, repeatable stream of documents.
+
+    Attributes:
+        without_text: rows of the last pass whose text was null; they are left out, whatever the format.
+    """
+
+    without_text: int
 
     def identity(self) -> dict[str, Any]:
         """What the content is, JSON-serialisable; changes when the text does."""
@@ -56,7 +85,13 @@ class FileSource:
     """Text files, JSON lines and Parquet, one document a file, line or row."""
 
     def __init__(self, files: list[tuple[str, Path]], text_column: str) -> None:
-        self._files, self._column = files, text_column
+        self._files, self._column, self.without_text = files, text_column, 0
+        for name, path in files:
+            try:
+                name.encode()
+            except UnicodeEncodeError:
+                folder, shown = printable(str(path.parent)), printable(name)
+                raise LimbeckError(f"a file in {folder} has a name that is not UTF-8: {shown}. Rename it.") from None
 
     def identity(self) -> dict[str, Any]:
         """Relative names and content hashes of the files."""
@@ -64,30 +99,33 @@ class FileSource:
 
     def documents(self) -> Iterator[Document]:
         """Documents in the order of the file names, then of the lines or rows."""
+        self.without_text = 0
         for name, path in self._files:
             if path.suffix == ".jsonl":
                 yield from self._json_lines(name, path)
             elif path.suffix == ".parquet":
                 yield from self._parquet(name, path)
             else:
-                yield Document(name, _read_text(path))
+                yield Document(name, path)
 
     def _json_lines(self, name: str, path: Path) -> Iterator[Document]:
-        with path.open(encoding="utf-8", errors="replace") as lines:
+        with path.open(encoding="utf-8-sig", errors="replace") as lines:
             for number, line in enumerate(lines):
                 if not line.strip():
                     continue
+                where = f"{path} line {number + 1}"
                 try:
                     record = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise LimbeckError(f"{path} line {number + 1} is not JSON ({error}). Mend or remove it.") from None
-                if not isinstance(record, dict) or not isinstance(record.get(self._column), str):
+                except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
+                    reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+                    raise LimbeckError(f"{where} is not JSON ({reason}). Mend or remove it.") from None
+                if not isinstance(record, dict) or self._column not in record:
                     found = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
                     raise LimbeckError(
-                        f"{path} line {number + 1} has no text under {self._column!r} (it has: {found}). "
+                        f"{where} has no text under {self._column!r} (it has: {printable(found)}). "
                         "Set dataset.text_column to the key that holds the text."
                     )
-                yield Document(f"{name}:{number}", record[self._column])
+                yield from _document(self, f"{name}:{number}", record[self._column], where, self._column)
 
     def _parquet(self, name: str, path: Path) -> Iterator[Document]:
         import pyarrow as pa
@@ -105,9 +143,13 @@ class FileSource:
             )
         number = 0
         for batch in table.iter_batches(batch_size=256, columns=[self._column]):
-            for text in batch.column(0).to_pylist():
-                if text is not None:
-                    yield Document(f"{name}:{number}", str(text))
+            for cell in batch.column(0):
+                where = f"{path} row {number + 1}"
+                try:
+                    text = cell.as_py()
+                except UnicodeDecodeError as error:
+                    raise LimbeckError(f"{where} is not UTF-8 ({error.reason}). Mend or remove it.") from None
+                yield from _document(self, f"{name}:{number}", text, where, self._column)
                 number += 1
 
 
@@ -115,7 +157,7 @@ class HubSource:
     """A Hugging Face dataset, from the hub or from a local folder in one of its formats."""
 
     def __init__(self, config: DatasetConfig) -> None:
-        self._config = config
+        self._config, self.without_text = config, 0
 
     def identity(self) -> dict[str, Any]:
         """Name, configuration, split and the commit (hub) or the files' hashes (local folder)."""
@@ -156,14 +198,15 @@ class HubSource:
                 )
         except (ValueError, KeyError, OSError, datasets.exceptions.DatasetsError) as error:
             raise LimbeckError(f"dataset {config.name!r} could not be opened: {error}") from error
+        self.without_text = 0
         for number, row in enumerate(rows):
             if config.text_column not in row:
                 raise LimbeckError(
                     f"dataset {config.name!r} has no column {config.text_column!r} (it has: {', '.join(row)}). "
                     "Set dataset.text_column to the column that holds the text."
                 )
-            if row[config.text_column] is not None:
-                yield Document(str(number), str(row[config.text_column]))
+            where = f"dataset {config.name!r} row {number + 1}"
+            yield from _document(self, str(number), row[config.text_column], where, config.text_column)
 
 
 def stdlib_source() -> FileSource:
@@ -223,8 +266,29 @@ def _is_saved(path: Path) -> bool:
     return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
-def _read_text(path: Path) -> str:
-    return path.read_bytes().decode("utf-8", errors="replace")
+def _document(source: Source, key: str, value: Any, where: str, column: str) -> Iterator[Document]:
+    """The document of a row: none for null, which is counted.
+
+    Raises:
+        LimbeckError: the value is no text, or half a surrogate pair is in it.
+    """
+    if value is None:
+        source.without_text += 1
+        return
+    if not isinstance(value, str):
+        raise LimbeckError(
+            f"{where} has {type(value).__name__} under {column!r} and no text. Set dataset.text_column to what holds "
+            "the text."
+        )
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise LimbeckError(
+                f"{where} holds \\u{ord(value[error.start]):04x}, half of a surrogate pair, which is no character. "
+                "Mend or remove it."
+            ) from None
+    yield Document(key, value)
 
 
 def held_out(key: str, fraction: float) -> bool:

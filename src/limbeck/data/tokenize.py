@@ -1,80 +1,76 @@
 """Tokenise a stream of documents in several processes, in order.
 
-The one idea: documents are sent in batches of about a megabyte to workers that hold only the `tokenizers`
-object and answer with int32 arrays; a bounded window of batches keeps the order and the memory.
+The one idea: documents, the long ones in pieces, are sent in batches of about a megabyte to workers that hold only the
+`tokenizers` object and answer with int32 arrays; a bounded window of batches keeps the order and the memory.
 """
 
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from itertools import islice
+from itertools import chain, islice
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from limbeck.data.pieces import PieceEncoder
 from limbeck.data.sources import Document
 from limbeck.data.tokenizer import LoadedTokenizer
 
 _BATCH_CHARACTERS = 1 << 20
 _PARALLEL_FROM = 8  # batches; a smaller corpus is done before worker processes have started
-_worker_encode: Callable[[list[str]], list[np.ndarray]] | None = None
+_worker: PieceEncoder | None = None
 
 Tagged = tuple[int, str, Document]
 
 
-def make_encoder(tokenizer_json: str, eos_id: int) -> Callable[[list[str]], list[np.ndarray]]:
-    """A function from texts to int32 arrays: the tokenizer's own ids, ending with the end-of-text id.
+class Tokens(NamedTuple):
+    """Ids of a document, or of a piece of one."""
 
-    Special tokens that the tokenizer adds by itself (a leading BOS) stay; text that looks like a special
-    token is encoded as the tokenizer encodes it.
-    """
-    from tokenizers import Tokenizer
+    number: int
+    split: str
+    ids: np.ndarray
+    last: bool  # the document ends with these
 
-    tokenizer = Tokenizer.from_str(tokenizer_json)
 
-    def encode(texts: list[str]) -> list[np.ndarray]:
-        arrays = []
-        for encoding in tokenizer.encode_batch_fast(texts):
-            ids = encoding.ids
-            if not ids or ids[-1] != eos_id:
-                ids.append(eos_id)
-            arrays.append(np.array(ids, dtype=np.int32))
-        return arrays
-
-    return encode
+class _Piece(NamedTuple):
+    number: int
+    split: str
+    text: str
+    first: bool
+    last: bool
 
 
 def _start_worker(tokenizer_json: str, eos_id: int) -> None:
-    global _worker_encode
+    global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker_encode = make_encoder(tokenizer_json, eos_id)
+    _worker = PieceEncoder(tokenizer_json, eos_id)
 
 
-def _work(texts: list[str]) -> list[np.ndarray]:
-    assert _worker_encode is not None
-    return _worker_encode(texts)
+def _work(pieces: list[tuple[str, bool, bool]]) -> list[np.ndarray]:
+    assert _worker is not None
+    return _worker.encode(pieces)
 
 
 def tokenize_documents(
     documents: Iterable[Tagged], tokenizer: LoadedTokenizer, num_proc: int | None
-) -> Iterator[tuple[int, str, np.ndarray]]:
-    """Yield (number, split, ids) for each document, in order."""
+) -> Iterator[Tokens]:
+    """Ids of the documents, in order; a long document's come in several parts."""
     processes = num_proc or _cores()
-    batches = _batches(documents)
+    encoder = PieceEncoder(tokenizer.json, tokenizer.eos_id)
+    batches = _batches(documents, encoder)
     head = list(islice(batches, _PARALLEL_FROM))
-    encode = make_encoder(tokenizer.json, tokenizer.eos_id)
     if processes == 1 or len(head) < _PARALLEL_FROM:
-        for batch in (*head, *batches):
-            yield from _label(batch, encode([document.text for _, _, document in batch]))
+        for batch in chain(head, batches):
+            yield from _label(batch, encoder.encode(_texts(batch)))
         return
     arguments: Any = (tokenizer.json, tokenizer.eos_id)
     with ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, arguments) as pool:
-        window: deque[tuple[list[Tagged], Future[list[np.ndarray]]]] = deque()
-        for batch in _chain(head, batches):
-            window.append((batch, pool.submit(_work, [document.text for _, _, document in batch])))
+        window: deque[tuple[list[_Piece], Future[list[np.ndarray]]]] = deque()
+        for batch in chain(head, batches):
+            window.append((batch, pool.submit(_work, _texts(batch))))
             if len(window) > 3 * processes:
                 done, future = window.popleft()
                 yield from _label(done, future.result())
@@ -87,24 +83,24 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def _chain(head: list[list[Tagged]], rest: Iterator[list[Tagged]]) -> Iterator[list[Tagged]]:
-    yield from head
-    yield from rest
+def _texts(batch: list[_Piece]) -> list[tuple[str, bool, bool]]:
+    return [(piece.text, piece.first, piece.last) for piece in batch]
 
 
-def _label(batch: list[Tagged], arrays: list[np.ndarray]) -> Iterator[tuple[int, str, np.ndarray]]:
-    for (number, split, _), ids in zip(batch, arrays, strict=True):
-        yield number, split, ids
+def _label(batch: list[_Piece], arrays: list[np.ndarray]) -> Iterator[Tokens]:
+    for piece, ids in zip(batch, arrays, strict=True):
+        yield Tokens(piece.number, piece.split, ids, piece.last)
 
 
-def _batches(documents: Iterable[Tagged]) -> Iterator[list[Tagged]]:
-    batch: list[Tagged] = []
+def _batches(documents: Iterable[Tagged], encoder: PieceEncoder) -> Iterator[list[_Piece]]:
+    batch: list[_Piece] = []
     size = 0
-    for tagged in documents:
-        batch.append(tagged)
-        size += len(tagged[2].text)
-        if size >= _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
+    for number, split, document in documents:
+        for text, first, last in encoder.pieces(document.chunks(), document.key):
+            batch.append(_Piece(number, split, text, first, last))
+            size += len(text)
+            if size >= _BATCH_CHARACTERS:
+                yield batch
+                batch, size = [], 0
     if batch:
         yield batch

@@ -15,11 +15,14 @@ from typing import Any
 import numpy as np
 
 from limbeck.config import Recipe
+from limbeck.data.pieces import at_spaces
 from limbeck.data.sources import held_out, open_source
 from limbeck.errors import ConfigError, LimbeckError, MismatchError
 from limbeck.models import resolve_model
+from limbeck.storage import read_json
 
 END_OF_TEXT = "<|endoftext|>"
+LARGEST_VOCABULARY = 1 << 24  # what the cache's codec can hold
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,19 @@ class LoadedTokenizer:
         lengths = [0 if i in special else len(data) for i, data in enumerate(self.token_bytes())]
         return np.array(lengths, dtype=np.int64)
 
+    @property
+    def dummy_prefix(self) -> tuple[int, int] | None:
+        """Begin-of-text id and the bytes that the tokenizer puts behind it without their being in the text.
+
+        Llama 2's tokenizer writes a space before a text; None for tokenizers that add nothing, or no begin-of-text
+        (the first token of a document is then never scored).
+        """
+        ids, bos = self.hf("a")["input_ids"], self.hf.bos_token_id
+        if bos is None or not ids or ids[0] != bos:
+            return None
+        extra = int(self.byte_lengths()[ids].sum()) - 1
+        return (int(bos), extra) if extra > 0 else None
+
     def token_bytes(self) -> list[bytes]:
         """The bytes that each id stands for; special tokens stand for their names."""
         from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -82,6 +98,7 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     from transformers import AutoTokenizer
 
     path = resolve_model(name)
+    _refuse_large_ids(name, path, revision)
     try:
         hf = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -90,9 +107,41 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
         raise LimbeckError(f"tokenizer {name!r} has no tokenizer.json; convert it to a fast tokenizer first.")
     if hf.eos_token_id is None:
         raise LimbeckError(f"tokenizer {name!r} has no end-of-text token; set eos_token in its tokenizer_config.json.")
+    largest = max(hf.get_vocab().values(), default=0)
+    if largest >= LARGEST_VOCABULARY:
+        raise _id_error(name, largest)
     hf.backend_tokenizer.no_truncation()
     hf.backend_tokenizer.no_padding()
     return LoadedTokenizer(name=name, hf=hf, eos_id=int(hf.eos_token_id))
+
+
+def _refuse_large_ids(name: str, path: str, revision: str | None) -> None:
+    """Refuse a tokenizer.json whose ids no model has; the library that reads it would abort the process.
+
+    Raises:
+        LimbeckError: an id is negative or larger than any vocabulary, or the file is no JSON object.
+    """
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(path, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError):
+        return  # AutoTokenizer says what is wrong with the name
+    if found is None:
+        return
+    data = read_json(Path(found))
+    if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
+        raise LimbeckError(f"{found} is no tokenizer.json: it has no `model`.")
+    vocab = data["model"].get("vocab") or {}
+    added = [entry.get("id") for entry in data.get("added_tokens") or [] if isinstance(entry, dict)]
+    ids = [*(vocab.values() if isinstance(vocab, dict) else range(len(vocab))), *added]
+    for number in ids:
+        if not isinstance(number, int) or not 0 <= number < LARGEST_VOCABULARY:
+            raise _id_error(name, number)
+
+
+def _id_error(name: str, number: object) -> LimbeckError:
+    return LimbeckError(f"tokenizer {name!r} has the id {number}; ids lie between 0 and {LARGEST_VOCABULARY - 1}.")
 
 
 def recipe_tokenizer(recipe: Recipe) -> LoadedTokenizer:
@@ -151,4 +200,4 @@ def train_tokenizer(recipe: Recipe, folder: Path) -> LoadedTokenizer:
 def _training_texts(recipe: Recipe) -> Iterator[str]:
     for document in islice(open_source(recipe.dataset).documents(), recipe.dataset.max_samples):
         if not held_out(document.key, recipe.dataset.validation_fraction):
-            yield document.text
+            yield from at_spaces(document.chunks())

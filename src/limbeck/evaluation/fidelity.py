@@ -19,7 +19,9 @@ import torch
 
 from limbeck.console import progress
 from limbeck.data.dataset import IGNORE, PackedDataset, PackedRows
-from limbeck.models import LogitTransform, head_replaced
+from limbeck.errors import LimbeckError
+from limbeck.losses.divergences import whole_kl
+from limbeck.models import OutputHead, last_hidden_states
 
 _CHUNK_BYTES = 8 << 20
 _TOTALS = 8  # CE, bytes, tokens, seconds, KL, top-1 matches, teacher mass, student mass
@@ -32,7 +34,7 @@ class Scores:
     Attributes:
         loss: cross-entropy in nats per token.
         perplexity: exp(loss).
-        bits_per_byte: cross-entropy in bits per byte of text.
+        bits_per_byte: cross-entropy in bits per byte of text; None where the scored tokens stand for no bytes.
         tokens: positions scored.
         tokens_per_second: this model's forward passes and log-probabilities alone.
         kl_to_teacher: KL(teacher ‖ model) in nats per token, whole vocabulary, temperature 1.
@@ -42,7 +44,7 @@ class Scores:
 
     loss: float
     perplexity: float
-    bits_per_byte: float
+    bits_per_byte: float | None
     tokens: int
     tokens_per_second: float
     kl_to_teacher: float | None = None
@@ -62,8 +64,25 @@ def evaluate(
     attention: str = "per_document",
     batch_size: int = 8,
     label: str = "evaluating",
+    dummy_prefix: tuple[int, int] | None = None,
 ) -> Scores:
-    """Score `model` on held-out rows, against the causal LM `teacher` if there is one."""
+    """Score `model` on held-out rows, against the causal LM `teacher` if there is one.
+
+    Args:
+        model: a causal LM.
+        rows: the held-out rows.
+        byte_lengths: `[V]` bytes that each id of the tokenizer stands for.
+        teacher: a causal LM; its ids beyond the tokenizer's are padding and get probability 0.
+        top_k: ids of the masses.
+        attention: per_document or packed.
+        batch_size: rows in a forward pass.
+        label: of the progress bar.
+        dummy_prefix: begin-of-text id and the bytes that the tokenizer puts behind it without their being in the text
+            (`LoadedTokenizer.dummy_prefix`).
+
+    Raises:
+        LimbeckError: no position of the rows is scored.
+    """
     model.eval()
     count = len(rows)
     lengths = torch.from_numpy(byte_lengths)
@@ -72,13 +91,19 @@ def evaluate(
         for start in range(0, count, batch_size):
             batch = rows.rows(range(start, min(start + batch_size, count)))
             totals += _score_batch(model, teacher, batch, lengths, top_k, attention)
+            totals[1] -= _prefix_bytes(batch, dummy_prefix)
             bar.advance(len(batch.input_ids))
     ce, size, tokens, seconds, kl, matches, teacher_mass, student_mass = totals.tolist()
+    if not tokens:
+        raise LimbeckError(
+            f"none of the {count} held-out rows has a position to score: every document there is one token long. Hold "
+            "out other documents (dataset.validation_fraction)."
+        )
     loss = ce / tokens
-    scores = {
+    scores: dict[str, Any] = {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_byte": ce / math.log(2.0) / size,
+        "bits_per_byte": ce / math.log(2.0) / size if size > 0 else None,
         "tokens": int(tokens),
         "tokens_per_second": tokens / seconds,
     }
@@ -100,25 +125,35 @@ def _score_batch(
     labels = labels[valid]
     totals = torch.zeros(_TOTALS, dtype=torch.float64)
     clock = _now(model)
-    hidden, head = _hidden(model, rows, attention)
+    hidden, head = _hidden(model, rows, attention), OutputHead(model)
     totals[3] += _now(model) - clock
     other = None
-    if teacher is not None:
-        other = (hidden, head) if teacher is model else _hidden(teacher, rows, attention)
+    if teacher is not None and teacher is not model:
+        other = (_hidden(teacher, rows, attention), OutputHead(teacher, len(lengths)))
     step = max(1, _CHUNK_BYTES // (4 * head.vocab_size))
     for start in range(0, len(valid), step):
         part = valid[start : start + step]
         clock = _now(model)
-        log_q = head.log_probs(hidden, part)
+        log_q = head.log_probs(hidden[part.to(hidden.device)])
         totals[3] += _now(model) - clock
         target = labels[start : start + step]
         totals[0] += float(-log_q.gather(1, target.to(log_q.device)[:, None]).sum(dtype=torch.float64))
         totals[1] += float(lengths[target].sum())
         totals[2] += len(part)
-        if other is not None:
-            log_p = log_q if other[0] is hidden else other[1].log_probs(other[0], part).to(log_q.device)
+        if teacher is not None:
+            log_p = log_q
+            if other is not None:
+                log_p = other[1].log_probs(other[0][part.to(other[0].device)]).to(log_q.device)
             totals[4:] += _fidelity(log_p, log_q, top_k)
     return totals
+
+
+def _prefix_bytes(rows: PackedRows, dummy_prefix: tuple[int, int] | None) -> int:
+    """Bytes of scored tokens that are not in the text: one prefix after each begin-of-text."""
+    if dummy_prefix is None:
+        return 0
+    bos, size = dummy_prefix
+    return size * int(((rows.input_ids == bos) & (rows.labels != IGNORE) & (rows.labels != bos)).sum())
 
 
 def _now(model: Any) -> float:
@@ -134,41 +169,18 @@ def _fidelity(log_p: torch.Tensor, log_q: torch.Tensor, top_k: int) -> torch.Ten
     log_p, log_q = (
         torch.nn.functional.pad(x, (0, width - x.shape[1]), value=-math.inf) for x in (log_p, log_q)
     )  # padded vocabularies: probability 0 on the narrower side
-    p = log_p.exp()
-    kl = torch.where(p > 0.0, p * (log_p - log_q.clamp_min(-80.0)), 0.0).sum(dtype=torch.float64)
+    kl = whole_kl(log_p, log_q)
     matches = (log_p.argmax(dim=-1) == log_q.argmax(dim=-1)).sum()
     support = log_p.topk(min(top_k, width), dim=-1).indices
     masses = [x.gather(1, support).exp().sum(dtype=torch.float64) for x in (log_p, log_q)]
     return torch.tensor([float(kl), float(matches), *map(float, masses)], dtype=torch.float64)
 
 
-class _Head:
-    """Turns chosen hidden states into log-probabilities, a few positions at a time."""
-
-    def __init__(self, model: Any) -> None:
-        self._head = model.get_output_embeddings()
-        self._transform = LogitTransform.of(model.config.get_text_config())
-        self.vocab_size = int(self._head.weight.shape[0])
-
-    def log_probs(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities [n, V] in float32 at the given flat positions."""
-        chosen = hidden[positions.to(hidden.device)]
-        logits = torch.nn.functional.linear(chosen, self._head.weight, self._head.bias)
-        return torch.log_softmax(self._transform(logits.float()), dim=-1)
-
-
-def _hidden(model: Any, rows: PackedRows, attention: str) -> tuple[torch.Tensor, _Head]:
+def _hidden(model: Any, rows: PackedRows, attention: str) -> torch.Tensor:
     """Last hidden states, flattened to [B·T, D]."""
-    seen: list[torch.Tensor] = []
-
-    def keep(hidden: torch.Tensor) -> torch.Tensor:
-        seen.append(hidden.reshape(-1, hidden.shape[-1]))
-        return hidden[..., :1]
-
     device = next(model.parameters()).device
-    with head_replaced(model.get_output_embeddings(), keep):
-        model(**rows.to(device).model_inputs(attention))
-    return seen[0], _Head(model)
+    hidden: torch.Tensor = last_hidden_states(model, **rows.to(device).model_inputs(attention))
+    return hidden.reshape(-1, hidden.shape[-1])
 
 
 def table(results: dict[str, dict[str, Any]]) -> list[list[str]]:

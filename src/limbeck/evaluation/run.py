@@ -69,6 +69,7 @@ def _scores(
         attention=recipe.dataset.attention,
         batch_size=recipe.evaluation.batch_size,
         label=f"evaluating {name}",
+        dummy_prefix=tokenizer.dummy_prefix,
     )
     return asdict(scores)
 

@@ -4,6 +4,8 @@ The one idea: what a tensor becomes is planned first, from names and shapes alon
 can not hold is refused before a byte is written; then tensors are read, packed and written one at a time.
 """
 
+import contextlib
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -137,7 +139,7 @@ class GGUFExport:
         arch, chosen = architecture(self.config), self.choose(tensors)
         planned = self.plan(tensors, chosen)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.tmp")
+        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         writer = gguf.GGUFWriter(partial, arch)
         try:
             writer.add_name(self.folder.resolve().parent.name if self.folder.name == "final" else self.folder.name)
@@ -159,7 +161,8 @@ class GGUFExport:
             writer.close()
             commit_file(partial, path)
         except BaseException:
-            writer.close()
+            with contextlib.suppress(OSError):  # a full disk fails here again
+                writer.close()
             partial.unlink(missing_ok=True)
             raise
         return {"type": chosen, "bytes": path.stat().st_size, "tensors": len(planned)}

@@ -5,6 +5,7 @@ from typing import Any
 
 from limbeck.errors import LimbeckError
 from limbeck.export.blocks import teach_gguf_q2
+from limbeck.export.bounds import check_gguf
 
 
 def inspect_gguf(path: Path) -> dict[str, Any]:
@@ -18,9 +19,10 @@ def inspect_gguf(path: Path) -> dict[str, Any]:
     teach_gguf_q2()
     if not path.is_file():
         raise LimbeckError(f"{path} does not exist. Name a .gguf file.")
+    check_gguf(path)
     try:
         reader = gguf.GGUFReader(path)
-    except (ValueError, IndexError, OSError) as error:
+    except (ValueError, IndexError, KeyError, OSError) as error:
         raise LimbeckError(f"{path} is no GGUF file that can be read ({error}).") from None
     tensors = [
         {

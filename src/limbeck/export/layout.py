@@ -6,6 +6,7 @@ rows, so that codes and scales of a ternary weight go through it alike and stay 
 Shapes: H heads, D head width, R rows, C columns, E experts.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -57,6 +58,10 @@ def architecture(config: Any) -> str:
             raise LimbeckError(f"{key} is {getattr(config, key)} and GGUF's {config.model_type} has {plain}.")
     if getattr(config, "use_sliding_window", False):
         raise LimbeckError("sliding-window attention can not be exported to GGUF for this architecture.")
+    if config.model_type in ("qwen3_moe", "qwen3_next"):
+        _check_experts(config)
+    if config.model_type == "qwen3_next":
+        _check_delta_net(config)
     return ARCHITECTURES[config.model_type]
 
 
@@ -153,29 +158,69 @@ def add_hyperparameters(writer: Any, config: Any) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
-    writer.add_rope_dimension_count(int(width * rope.get("partial_rotary_factor", 1.0)))
+    writer.add_rope_dimension_count(_rotary_width(config, width))
     kind = rope.get("rope_type", "default")
     if kind != "default":
+        if not rope.get("factor"):
+            raise LimbeckError(f"rope_parameters has rope_type {kind} and no factor; GGUF needs it written out.")
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR if kind == "linear" else gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(float(rope["factor"]))
         if "original_max_position_embeddings" in rope:
             writer.add_rope_scaling_orig_ctx_len(int(rope["original_max_position_embeddings"]))
+        if kind == "yarn":
+            _add_yarn(writer, config, rope)
     if config.model_type in ("qwen3_moe", "qwen3_next"):
         _add_experts(writer, config)
     if config.model_type == "qwen3_next":
         _add_delta_net(writer, config)
 
 
-def _add_experts(writer: Any, config: Any) -> None:
+def _rotary_width(config: Any, width: int) -> int:
+    """Dimensions of a head that are rotated; of these architectures only Qwen3-Next rotates a part."""
+    if config.model_type != "qwen3_next":
+        return width
+    rotated = int(width * (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0))
+    if rotated % 2:
+        raise LimbeckError(
+            f"partial_rotary_factor rotates {rotated} of {width} dimensions of a head, and llama.cpp rotates pairs. "
+            "Choose a factor that gives an even number."
+        )
+    return rotated
+
+
+def _add_yarn(writer: Any, config: Any, rope: dict[str, Any]) -> None:
+    """YaRN's other settings; llama.cpp multiplies its own 1 + 0.1 ln(factor) by the attention factor in the file."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    if not rope.get("truncate", True):
+        raise LimbeckError("rope_parameters has truncate: false, for which GGUF has no key.")
+    _, attention = ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
+    writer.add_rope_scaling_attn_factors(float(attention) / (1.0 + 0.1 * math.log(float(rope["factor"]))))
+    writer.add_rope_scaling_yarn_beta_fast(float(rope.get("beta_fast") or 32.0))
+    writer.add_rope_scaling_yarn_beta_slow(float(rope.get("beta_slow") or 1.0))
+
+
+def _check_experts(config: Any) -> None:
     if getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1:
         raise LimbeckError("GGUF's architecture has experts in every layer; this student has dense layers between.")
     if not config.norm_topk_prob:
         raise LimbeckError("llama.cpp normalises the chosen experts' weights; set norm_topk_prob: true in the student.")
+
+
+def _add_experts(writer: Any, config: Any) -> None:
     writer.add_expert_count(config.num_experts)
     writer.add_expert_used_count(config.num_experts_per_tok)
     writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     if config.model_type == "qwen3_next":
         writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+
+
+def _check_delta_net(config: Any) -> None:
+    key, value = config.linear_key_head_dim, config.linear_value_head_dim
+    if key != value:
+        raise LimbeckError(
+            f"linear_key_head_dim is {key} and linear_value_head_dim {value}; llama.cpp has one width for both."
+        )
 
 
 def _add_delta_net(writer: Any, config: Any) -> None:

@@ -4,6 +4,7 @@ The one idea: the folder is a transformers checkpoint whose `quantization_config
 `import limbeck`, `from_pretrained` makes modules that unpack in use, with exactly training's codes and scales.
 """
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from limbeck.export.source import Source
+from limbeck.models import load_causal_lm
 from limbeck.storage import commit_folder, read_json, write_json
 from limbeck.students.quantizer import float8_key, pack_codes, packed_key, to_float8
 
@@ -28,10 +30,15 @@ def export_packed(source: Source, target: Path, rest: str = "bf16") -> dict[str,
         rest: precision of everything that is not ternary: bf16, f16 or f32; or fp8: matrices as float8 with a scale a
             row, the rest bf16.
     """
-    partial = target.with_name(f".{target.name}.tmp")
-    if partial.exists():
-        shutil.rmtree(partial)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     partial.mkdir(parents=True)
+    try:
+        return _write(source, partial, target, rest)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # what a failed write left; nothing after a finished one
+
+
+def _write(source: Source, partial: Path, target: Path, rest: str) -> dict[str, Any]:
     tensors: dict[str, torch.Tensor] = {}
     ternary_bytes = weights = 0
     seen: set[int] = set()
@@ -66,9 +73,7 @@ def export_packed(source: Source, target: Path, rest: str = "bf16") -> dict[str,
 
 def verify_packed(source: Source, target: Path) -> bool:
     """Load the packed checkpoint as its users do; True when every code and scale is training's."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(target, dtype="auto")
+    model = load_causal_lm(str(target), dtype="auto")
     modules = dict(model.named_modules())
     held = dict(source.model.named_parameters())
     for name in source.ternary:

@@ -1,5 +1,7 @@
 """`limbeck export`: from a run's folder to a file that other programs read, with proof if wanted."""
 
+import contextlib
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from limbeck.config import Recipe
 from limbeck.console import say
 from limbeck.errors import ConfigError, LimbeckError
 from limbeck.export.source import Source, model_folder, ternary_settings
+from limbeck.storage import folder_lock, plain_disk_errors
 
 
 def export_student(recipe: Recipe, *, verify: bool = False) -> dict[str, Any]:
@@ -31,6 +34,13 @@ def _default_output(run: Path, folder: Path, name: str) -> Path:
     return (run if run != folder else folder.parent) / "export" / name
 
 
+@contextlib.contextmanager
+def _own(target: Path) -> Iterator[None]:
+    """Be the only one who writes `target`, and say in one line when the disk will not have it."""
+    with plain_disk_errors(target), folder_lock(target.parent, f".{target.name}.lock"):
+        yield
+
+
 def _check_group(folder: Path, wanted: int | None) -> None:
     trained = ternary_settings(folder).get("group_size")
     if wanted is not None and wanted != trained:
@@ -48,7 +58,8 @@ def _packed(recipe: Recipe, run: Path, folder: Path, verify: bool) -> dict[str, 
         raise LimbeckError(f"{folder} has no ternary weights to pack. Train it with student.ternary.")
     target = recipe.export.output or _default_output(run, folder, "packed")
     target.parent.mkdir(parents=True, exist_ok=True)
-    found = export_packed(source, target, recipe.export.rest)
+    with _own(target):
+        found = export_packed(source, target, recipe.export.rest)
     say(f"packed checkpoint in {target}")
     result = {
         "output": str(target),
@@ -72,7 +83,8 @@ def _gguf(recipe: Recipe, run: Path, folder: Path, verify: bool) -> dict[str, An
     target = section.output or _default_output(run, folder, name)
     if target.suffix != ".gguf":
         target = target / name
-    found = export.write(target)
+    with _own(target):
+        found = export.write(target)
     say(f"GGUF in {target}")
     result: dict[str, Any] = {"output": str(target), "type": found["type"], "gguf_mb": found["bytes"] / 1e6}
     if not verify:

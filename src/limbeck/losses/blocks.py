@@ -1,8 +1,9 @@
 """One block of logits in, its loss out, and the block turned into its own gradient.
 
 The one idea: everything that needs the whole vocabulary happens here, on a few megabytes that stay in
-cache. The support's exponentials are taken out of the block before it is summed, so the tail's mass is a
-sum of positive numbers and never 1 − Σ: exact in float32 however small it is.
+cache. The support is taken out of the block first and what is left is summed relative to its own largest
+logit, so the tail's mass is a sum of positive numbers and never 1 − Σ, and it does not underflow: its logarithm is
+exact in float32 however small it is.
 
 Shapes: n positions of the block, V vocabulary, K support.
 """
@@ -13,11 +14,10 @@ from dataclasses import dataclass
 import torch
 
 from limbeck.errors import ConfigError
-from limbeck.losses.divergences import DivergenceFn, value_and_gradient
+from limbeck.losses.divergences import LOG_NOTHING, DivergenceFn, value_and_gradient
 from limbeck.targets.sparse import SparseTargets
 
 Tensor = torch.Tensor
-_LOG_FLOOR = math.log(1e-7)  # tails below one float32 rounding of 1 are all "nothing left"
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,16 @@ class Sums:
 
 @dataclass(frozen=True)
 class _Teacher:
-    """The teacher's side of one block: `[n, K]` ids, `[n, K+1]` log-masses (last: tail) and their mask."""
+    """The teacher's side of one block: `[n, K]` ids, `[n, K+1]` log-masses (last: tail) and their mask.
+
+    `top1` [n, 1] is the place of the likeliest id in the support, `mass` [n] the probability on it.
+    """
 
     ids: Tensor
     log_p: Tensor
     mask: Tensor
     top1: Tensor
+    mass: Tensor
     weights: Tensor | None
 
 
@@ -90,6 +94,10 @@ class BlockLoss:
                     f"sampled targets estimate the forward KL and loss.divergence is {settings.divergence_name}. "
                     "Use forward_kl, or targets without sampling."
                 )
+            if targets.weights is not None and settings.tail == "renormalise":
+                raise ConfigError(
+                    "sampled targets stand for the whole vocabulary and loss.tail is renormalise. Use bucket."
+                )
 
     def scratch(self, rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Room for the second set of exponentials, needed when CE and D have different temperatures."""
@@ -102,21 +110,20 @@ class BlockLoss:
         s = self.settings
         labels = self.labels[start : start + len(z)].unsqueeze(-1)
         capped = self._transform(z) if gradient else self._transform(z, keep=False)
-        top, best = z.max(dim=-1, keepdim=True)
-        z -= top
         z_label = z.gather(1, labels)
         sums = Sums.zeros(z.device)
         if self.targets is None:
-            total = z.exp_().sum(dim=-1, keepdim=True)
+            top = z.amax(dim=-1, keepdim=True)
+            z_label -= top
+            total = z.sub_(top).exp_().sum(dim=-1, keepdim=True)
             ce = total.log() - z_label
             sums.ce = sums.loss = ce.sum(dtype=torch.float64)
             if gradient:
                 z /= total
                 z.scatter_add_(1, labels, torch.full_like(z_label, -1.0))
         else:
-            teacher = self._teacher(start, len(z))
+            teacher = self._teacher(start, *z.shape)
             sums = self._distil(z, labels, z_label, teacher, scratch[: len(z)], gradient)
-            sums.matches = (best.squeeze(-1) == teacher.top1).sum(dtype=torch.float64)
         if gradient:
             if capped is not None:
                 z *= capped
@@ -137,58 +144,64 @@ class BlockLoss:
         z *= s.softcap
         return derivative
 
-    def _teacher(self, start: int, count: int) -> _Teacher:
+    def _teacher(self, start: int, count: int, vocab_size: int) -> _Teacher:
         assert self.targets is not None
         part = self.targets[slice(start, start + count)]
         log_p, log_tail = self._log_p[start : start + count], self._log_tail[start : start + count]
         valid = part.valid
         # Unused places repeat the first id; where the teacher said nothing at all, id 0 stands in.
         ids = torch.where(valid, part.token_ids, part.token_ids[:, :1].clamp_min(0)).long()
-        top1 = ids.gather(1, torch.where(valid, log_p, -math.inf).argmax(dim=-1, keepdim=True)).squeeze(-1)
+        top1 = torch.where(valid, log_p, -math.inf).argmax(dim=-1, keepdim=True)
+        mass = torch.where(valid, log_p, -math.inf).exp().sum(dim=-1)
         if self.settings.tail == "renormalise":
             log_p = torch.log_softmax(torch.where(valid, log_p, -math.inf), dim=-1)
-        has_tail = self.settings.tail == "bucket" and part.weights is None
-        mask = torch.cat([valid, torch.full_like(valid[:, :1], has_tail)], dim=-1)
-        log_p = torch.cat([log_p, log_tail.clamp_min(_LOG_FLOOR).unsqueeze(-1)], dim=-1)
-        return _Teacher(ids=ids, log_p=log_p, mask=mask, top1=top1, weights=part.weights)
+        # A support that is the whole vocabulary leaves the student no tail to move.
+        has_tail = valid.sum(dim=-1, keepdim=True) < vocab_size
+        if self.settings.tail != "bucket" or part.weights is not None:
+            has_tail = torch.zeros_like(has_tail)
+        mask = torch.cat([valid, has_tail], dim=-1)
+        log_p = torch.cat([log_p, log_tail.clamp_min(LOG_NOTHING).unsqueeze(-1)], dim=-1)
+        return _Teacher(ids=ids, log_p=log_p, mask=mask, top1=top1, mass=mass, weights=part.weights)
 
     def _distil(
         self, z: Tensor, labels: Tensor, z_label: Tensor, teacher: _Teacher, scratch: Tensor, gradient: bool
     ) -> Sums:
-        """CE and divergence of shifted logits `z` (row maximum 0); `z` becomes the gradient."""
+        """CE and divergence of logits `z`; `z` becomes the gradient."""
         s = self.settings
         tau = s.temperature
         valid = teacher.mask[:, :-1]
         z_support = z.gather(1, teacher.ids)
-        shared = tau == 1.0
-        soft = z if shared else torch.mul(z, 1.0 / tau, out=scratch)
-        soft.exp_()
-        e_taken = (z_support / tau).exp()
-        e_support = torch.where(valid, e_taken, 0.0)
-        soft.scatter_(1, teacher.ids, torch.where(valid[:, :1], 0.0, e_taken))  # an empty support takes nothing
-        tail_sum = soft.sum(dim=-1, keepdim=True)
-        total = tail_sum + e_support.sum(dim=-1, keepdim=True)
-        hard_total = total if shared else z.exp_().sum(dim=-1, keepdim=True)
-        log_q = torch.where(valid, z_support / tau, 0.0) - total.log()
-        log_tail = tail_sum.log() - total.log()
-        value, g = self._divergence(teacher, log_q, log_tail)
-        ce = hard_total.log() - z_label
-        q = e_support / total
+        # The support leaves the block; an empty one takes nothing along.
+        z.scatter_(1, teacher.ids, torch.where(valid[:, :1], -math.inf, z_support))
+        on_support = torch.where(valid, z_support, -math.inf)
+        tail_top, support_top = z.amax(dim=-1, keepdim=True), on_support.amax(dim=-1, keepdim=True)
+        top = torch.maximum(tail_top, support_top)
+        anchor = torch.where(tail_top > -math.inf, tail_top, top)  # no tail: everything in the block is -inf
+        z -= anchor
+        gap = anchor - top
+        soft = z if tau == 1.0 else torch.mul(z, 1.0 / tau, out=scratch)
+        shifted = on_support - top
+        parts = _normalise(soft.exp_(), shifted / tau, gap / tau)
+        hard = parts if tau == 1.0 else _normalise(z.exp_(), shifted, gap)
+        log_q = torch.where(valid, shifted / tau, 0.0) - parts.log_total
+        value, g = self._divergence(teacher, log_q, parts.log_tail - parts.log_total)
         sums = Sums.zeros(z.device)
-        sums.ce = ce.sum(dtype=torch.float64)
+        sums.ce = (hard.log_total - (z_label - top)).sum(dtype=torch.float64)
         sums.divergence = value.sum(dtype=torch.float64)
         sums.loss = (1.0 - s.alpha) * sums.ce + s.alpha * tau * tau * sums.divergence
-        sums.teacher_mass = torch.where(valid, teacher.log_p[:, :-1].exp(), 0.0).sum(dtype=torch.float64)
-        sums.student_mass = q.sum(dtype=torch.float64)
+        sums.teacher_mass = teacher.mass.sum(dtype=torch.float64)
+        sums.student_mass = parts.q.sum(dtype=torch.float64)
+        favourite = on_support.gather(1, teacher.top1)
+        sums.matches = ((favourite == top) & valid[:, :1]).sum(dtype=torch.float64)
         if gradient:
-            self._gradient(z, soft, labels, teacher.ids, (q, tail_sum, total, hard_total), g)
+            self._gradient(z, soft, labels, teacher.ids, parts, hard, g)
         return sums
 
     def _divergence(self, teacher: _Teacher, log_q: Tensor, log_tail: Tensor) -> tuple[Tensor, Tensor]:
         """Divergence [n] and ∂D/∂log q of the buckets [n, K+1], q normalised over the vocabulary."""
         s = self.settings
         valid = teacher.mask[:, :-1]
-        floored = log_tail.clamp_min(_LOG_FLOOR)
+        floored = torch.where(log_tail > -math.inf, log_tail, LOG_NOTHING)
         if s.tail == "renormalise":
             on_support = torch.log_softmax(torch.where(valid, log_q, -math.inf), dim=-1)
             buckets = torch.cat([on_support, floored], dim=-1)
@@ -201,33 +214,55 @@ class BlockLoss:
             w = torch.where(valid, teacher.weights, 0.0)
             value = (w * torch.where(valid, teacher.log_p[:, :-1] - log_q, 0.0)).sum(dim=-1)
             return value, torch.cat([-w, torch.zeros_like(log_tail)], dim=-1)
-        value, g = value_and_gradient(s.divergence, teacher.log_p, buckets, teacher.mask)
-        g[:, -1:] = torch.where(log_tail < _LOG_FLOOR, 0.0, g[:, -1:])  # a floored tail does not move
-        return value, g
+        return value_and_gradient(s.divergence, teacher.log_p, buckets, teacher.mask)
 
     def _gradient(
-        self,
-        z: Tensor,
-        soft: Tensor,
-        labels: Tensor,
-        ids: Tensor,
-        parts: tuple[Tensor, Tensor, Tensor, Tensor],
-        g: Tensor,
+        self, z: Tensor, soft: Tensor, labels: Tensor, ids: Tensor, parts: "_Parts", hard: "_Parts", g: Tensor
     ) -> None:
-        """Write ∂(Σ loss)/∂z into `z`; `soft` holds the tempered exponentials with the support at 0."""
+        """Write ∂(Σ loss)/∂z into `z`; `z` and `soft` hold the tail's exponentials, the support at 0."""
         s = self.settings
-        q, tail_sum, total, hard_total = parts
         w = s.alpha * s.temperature  # α τ² · (1/τ)
         ce_weight = 1.0 - s.alpha
         g_sum = g.sum(dim=-1, keepdim=True)
-        # off the support: q_j (g_tail / q_tail − G), q_j / q_tail = e_j / tail_sum
-        off = w * (g[:, -1:] / tail_sum.clamp_min(torch.finfo(z.dtype).tiny) - g_sum / total)
-        on = w * (g[:, :-1] - q * g_sum)
+        # off the support: q_j (g_tail / q_tail − G), and q_j / q_tail = e_j / Σ e
+        off = w * (g[:, -1:] / parts.tail_sum.clamp_min(1.0) - g_sum * parts.tail_factor)
+        on = w * (g[:, :-1] - parts.q * g_sum) + ce_weight * hard.q
         if soft is z:
-            z *= ce_weight / hard_total + off
-            on = on + ce_weight * q
+            z *= ce_weight * hard.tail_factor + off
         else:
-            z *= ce_weight / hard_total
+            z *= ce_weight * hard.tail_factor
             z.addcmul_(soft, off)
         z.scatter_add_(1, ids, on)
         z.scatter_add_(1, labels, torch.full_like(labels, -ce_weight, dtype=z.dtype))
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """A softmax in two parts, its logarithms relative to the row's largest logit.
+
+    Attributes:
+        tail_sum: `[n, 1]` Σ of the tail's exponentials relative to its own largest: 0 (no tail) or at least 1.
+        tail_factor: `[n, 1]` what such an exponential is multiplied by to be a probability.
+        log_tail, log_total: `[n, 1]` log Σ over the tail, and over the vocabulary.
+        q: `[n, K]` probabilities of the support, 0 in unused places.
+    """
+
+    tail_sum: Tensor
+    tail_factor: Tensor
+    log_tail: Tensor
+    log_total: Tensor
+    q: Tensor
+
+
+def _normalise(exponentials: Tensor, on_support: Tensor, gap: Tensor) -> _Parts:
+    """Put the two parts together.
+
+    Args:
+        exponentials: `[n, V]` of the tail relative to its largest logit, 0 on the support.
+        on_support: `[n, K]` the support's logits relative to the row's largest, -inf in unused places.
+        gap: `[n, 1]` the tail's largest logit relative to the row's.
+    """
+    tail_sum = exponentials.sum(dim=-1, keepdim=True)
+    log_tail = tail_sum.log() + gap
+    log_total = torch.logaddexp(log_tail, torch.logsumexp(on_support, dim=-1, keepdim=True))
+    return _Parts(tail_sum, (gap - log_total).exp(), log_tail, log_total, (on_support - log_total).exp())

@@ -11,7 +11,7 @@ import math
 import torch
 
 from limbeck.data.dataset import IGNORE
-from limbeck.losses.divergences import get_divergence
+from limbeck.losses.divergences import LOG_NOTHING, get_divergence
 from limbeck.targets.sparse import SparseTargets
 
 
@@ -25,8 +25,9 @@ def dense_distillation_loss(
     divergence: str = "forward_kl",
     jsd_beta: float = 0.5,
     skew: float = 0.1,
+    tail: str = "bucket",
 ) -> torch.Tensor:
-    """(1−α)·CE + α·τ²·D with the tail as one bucket, mean over labelled positions.
+    """(1−α)·CE + α·τ²·D, mean over labelled positions.
 
     Args:
         logits: `[..., V]`; labels, targets and the settings as for `fused_distillation_loss`.
@@ -37,6 +38,7 @@ def dense_distillation_loss(
         divergence: its name.
         jsd_beta: the teacher's share of the JSD mixture.
         skew: the teacher's share in skewed KL.
+        tail: bucket, renormalise or ignore.
     """
     flat = labels.reshape(-1)
     valid = (flat != IGNORE).nonzero().squeeze(-1)
@@ -44,7 +46,7 @@ def dense_distillation_loss(
     ce = torch.nn.functional.cross_entropy(z, flat[valid])
     if targets is None or alpha == 0.0:
         return ce
-    kept = targets.flatten().restrict_vocabulary(z.shape[-1])[valid]
+    kept = targets.flatten()[valid].restrict_vocabulary(z.shape[-1])
     log_p, log_tail = kept.at_temperature(temperature)
     present = kept.valid
     ids = torch.where(present, kept.token_ids, kept.token_ids[:, :1].clamp_min(0)).long()
@@ -52,11 +54,18 @@ def dense_distillation_loss(
     if kept.weights is not None:  # an unbiased estimate of the forward KL
         gap = torch.where(present, kept.weights * (log_p - log_q), 0.0).sum(dim=-1)
         return (1.0 - alpha) * ce + alpha * temperature**2 * gap.mean()
-    covered = torch.where(present, log_q.exp(), 0.0).sum(dim=-1, keepdim=True)
-    rest = torch.log1p(-covered.clamp(max=1.0 - 1e-7))
-    has_tail = log_tail.reshape(-1, 1) > -math.inf
-    buckets = torch.cat([log_q, rest], dim=-1)
+    if tail == "renormalise":
+        log_p, log_q = (torch.where(present, x, -math.inf).log_softmax(dim=-1) for x in (log_p, log_q))
+    has_tail = (present.sum(dim=-1, keepdim=True) < z.shape[-1]) & (tail == "bucket")
+    teacher = torch.cat([log_p, log_tail.clamp_min(LOG_NOTHING).unsqueeze(-1)], dim=-1)
+    buckets = torch.cat([torch.where(present, log_q, 0.0), _log_tail(z / temperature, ids, present)], dim=-1)
     mask = torch.cat([present, has_tail], dim=-1)
-    teacher = torch.cat([log_p, log_tail.reshape(-1, 1)], dim=-1)
     value = get_divergence(divergence, jsd_beta, skew)(teacher, buckets, mask)
     return (1.0 - alpha) * ce + alpha * temperature**2 * value.mean()
+
+
+def _log_tail(z: torch.Tensor, ids: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+    """log of the student's mass outside the support `[N, 1]`, a sum over the other ids."""
+    outside = torch.ones_like(z, dtype=torch.bool).scatter(1, ids, ~present[:, :1].expand_as(ids))
+    masked = torch.where(outside, z, torch.finfo(z.dtype).min)
+    return masked.logsumexp(dim=-1, keepdim=True) - z.logsumexp(dim=-1, keepdim=True)

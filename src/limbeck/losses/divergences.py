@@ -18,6 +18,8 @@ from limbeck.errors import ConfigError
 Tensor = torch.Tensor
 #: (log_p [N, K+1], log_q [N, K+1], mask [N, K+1]) -> divergence in nats [N]
 DivergenceFn = Callable[[Tensor, Tensor, Tensor], Tensor]
+#: Stands for the logarithm of a mass of 0: exp(-80) is 1e-35, far below any mass that matters, and a normal float32.
+LOG_NOTHING = -80.0
 
 
 def _sum(values: Tensor, mask: Tensor) -> Tensor:
@@ -39,14 +41,14 @@ def forward_kl(log_p: Tensor, log_q: Tensor, mask: Tensor) -> Tensor:
 def reverse_kl(log_p: Tensor, log_q: Tensor, mask: Tensor) -> Tensor:
     """KL(q ‖ p) = Σ q (log q − log p); where p is 0 a floor keeps it finite."""
     q = _clean(log_q, mask)
-    return _sum(q.exp() * (q - _clean(log_p, mask).clamp_min(_FLOOR)), mask)
+    return _sum(q.exp() * (q - _clean(log_p, mask).clamp_min(LOG_NOTHING)), mask)
 
 
 def jsd(beta: float) -> DivergenceFn:
     """Generalised Jensen–Shannon: β KL(p ‖ m) + (1−β) KL(q ‖ m), m = βp + (1−β)q (arXiv 2306.13649, eq. 1)."""
 
     def divergence(log_p: Tensor, log_q: Tensor, mask: Tensor) -> Tensor:
-        p, q = _clean(log_p, mask).clamp_min(_FLOOR), _clean(log_q, mask)
+        p, q = _clean(log_p, mask).clamp_min(LOG_NOTHING), _clean(log_q, mask)
         m = torch.logaddexp(p + math.log(beta), q + math.log1p(-beta))
         return _sum(beta * p.exp() * (p - m) + (1.0 - beta) * q.exp() * (q - m), mask)
 
@@ -57,7 +59,7 @@ def skewed_kl(skew: float) -> DivergenceFn:
     """KL(p ‖ λp + (1−λ)q), the skewed KL of DistiLLM (arXiv 2402.03898, eq. 3)."""
 
     def divergence(log_p: Tensor, log_q: Tensor, mask: Tensor) -> Tensor:
-        p, q = _clean(log_p, mask).clamp_min(_FLOOR), _clean(log_q, mask)
+        p, q = _clean(log_p, mask).clamp_min(LOG_NOTHING), _clean(log_q, mask)
         m = torch.logaddexp(p + math.log(skew), q + math.log1p(-skew))
         return _sum(p.exp() * (p - m), mask)
 
@@ -69,8 +71,6 @@ def tvd(log_p: Tensor, log_q: Tensor, mask: Tensor) -> Tensor:
     return 0.5 * _sum((_clean(log_p, mask).exp() - _clean(log_q, mask).exp()).abs(), mask)
 
 
-_FLOOR = -80.0  # exp(-80) is 1e-35: far below any mass that matters, and a normal float32
-
 #: Name in the recipe -> builder from (jsd_beta, skew).
 DIVERGENCES: dict[str, Callable[[float, float], DivergenceFn]] = {
     "forward_kl": lambda beta, skew: forward_kl,
@@ -79,6 +79,18 @@ DIVERGENCES: dict[str, Callable[[float, float], DivergenceFn]] = {
     "skewed_kl": lambda beta, skew: skewed_kl(skew),
     "tvd": lambda beta, skew: tvd,
 }
+
+
+def whole_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p ‖ q) of whole distributions `[N, V]`, summed over positions in float64.
+
+    Ids that only one side has are padding: probability 0 on the other.
+    """
+    width = max(log_p.shape[-1], log_q.shape[-1])
+    log_p, log_q = (torch.nn.functional.pad(x, (0, width - x.shape[-1]), value=-math.inf) for x in (log_p, log_q))
+    p = log_p.exp()
+    # Below any logarithm of a float32 softmax, so that only a probability of 0 is changed.
+    return torch.where(p > 0.0, p * (log_p - log_q.clamp_min(-1e4)), 0.0).sum(dtype=torch.float64)
 
 
 def get_divergence(name: str, jsd_beta: float = 0.5, skew: float = 0.1) -> DivergenceFn:

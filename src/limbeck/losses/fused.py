@@ -108,7 +108,7 @@ def fused_distillation_loss(
     )
     flat_targets = None
     if targets is not None:
-        flat_targets = targets.flatten().restrict_vocabulary(vocab_size)[valid]
+        flat_targets = targets.flatten()[valid].restrict_vocabulary(vocab_size)
     block_loss = BlockLoss(settings, flat_labels[valid], flat_targets)
     device_type = hidden.device.type
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden.dtype

@@ -17,8 +17,11 @@ from limbeck.errors import ConfigError
 from limbeck.optim.muon import MatrixLayout
 
 _ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
-_HEADS = re.compile(r"(^|\.)([qkv]_proj|qkv_proj|query_key_value|c_attn|in_proj_qkvz?)\.weight$")
-_GATE_UP = re.compile(r"(^|\.)gate_up_proj(\.weight)?$")
+_HEADS = re.compile(r"(^|\.)([qkv]_proj|q_b_proj|qkv_proj|query_key_value|c_attn|Wqkv|in_proj_qkvz?)\.weight$")
+#: Gate and up projection one above the other; GraniteMoe and JetMoe call them `input_linear`.
+_GATE_UP = re.compile(r"(^|\.)(gate_up_proj|input_linear)(\.weight)?$")
+#: State-space parameters that are no matrices between hidden states, whatever their shape.
+_NO_DECAY = re.compile(r"(^|\.)(A_log|dt_bias|D)$")
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,8 @@ def build_groups(
                 f"optimizer.algorithms gives {aliases[0]} to muon, which works on matrices, and its shape is "
                 f"{tuple(parameter.shape)}. Give it to lion or adamw."
             )
-        decays = parameter.ndim >= 2 and not aliases[0].endswith("bias")
+        decays = parameter.ndim >= 2 and not aliases[0].endswith("bias") and not _NO_DECAY.search(aliases[0])
+        decays = decays and not getattr(parameter, "_no_weight_decay", False)
         key = (label, algorithm, decays)
         if key not in groups:
             settings = _settings(optimizer, algorithm, learning_rate, weight_decay, adam or {})
@@ -194,7 +198,7 @@ def hidden_matrices(model: nn.Module, *, split_heads: bool = True) -> dict[str, 
         for leaf, parameter in module.named_parameters(recurse=False):
             name = f"{prefix}.{leaf}" if prefix else leaf
             linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-            experts = parameter.ndim == 3 and "expert" in name
+            experts = parameter.ndim == 3 and ("expert" in name or "ParallelExperts" in type(module).__name__)
             if (
                 not ((linear and parameter.ndim == 2) or experts)
                 or id(parameter) in outside
@@ -209,7 +213,7 @@ def hidden_matrices(model: nn.Module, *, split_heads: bool = True) -> dict[str, 
             if _GATE_UP.search(name) and getattr(module, "is_concatenated", True) and out % 2 == 0:
                 rows = out // 2
             elif split_heads and _HEADS.search(name):
-                rows = _head_rows(model.get_submodule(owner) if owner else model, config, out)
+                rows = _head_rows(model.get_submodule(owner) if owner else model, config, out, prefix)
             found[name] = MatrixLayout(rows, transposed)
     return found
 
@@ -231,8 +235,11 @@ def _is_transposed(module: nn.Module, leaf: str, parameter: nn.Parameter, hidden
     return bool(parameter.shape[-1 if "down" in leaf else -2] == hidden_size)
 
 
-def _head_rows(attention: nn.Module, config: Any, out: int) -> int:
+def _head_rows(attention: nn.Module, config: Any, out: int, name: str = "") -> int:
     """Rows of one head when `out` rows are whole heads of one width; 0 when they are not."""
+    latent = getattr(attention, "qk_head_dim", None)  # DeepSeek: queries have a part with and one without positions
+    if latent is not None and name.rpartition(".")[2] in ("q_proj", "q_b_proj"):
+        return int(latent) if out > latent and out % latent == 0 else 0
     key, value = getattr(attention, "head_k_dim", None), getattr(attention, "head_v_dim", None)
     if key is not None and key != value:  # linear attention whose keys and values differ in width
         return 0

@@ -49,6 +49,24 @@ def schedule_arguments(
     return name, {}
 
 
+def build_schedule(optimizer: Any, kind: str, total: int, warmup: int, **shape: Any) -> Any:
+    """transformers' schedule behind a warm-up from 0; arguments of `schedule_arguments`.
+
+    Its own warm-up begins at `min_lr_ratio`, as if that were a share of every rate and not where a decay ends.
+    """
+    import torch
+    from transformers import get_scheduler
+
+    name, special = schedule_arguments(kind, total, warmup, **shape)
+    stand_in = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    after = get_scheduler(name, stand_in, 0, max(total - warmup, 1), scheduler_specific_kwargs=special).lr_lambdas[0]
+
+    def factor(step: int) -> float:
+        return step / warmup if step < warmup else float(after(step - warmup))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
 @dataclass(frozen=True)
 class Ramp:
     """A value that goes linearly from `initial` to `final` over `steps` steps and stays there.

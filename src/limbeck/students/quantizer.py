@@ -98,21 +98,22 @@ class TernaryQuantizer(HfQuantizer):
 
 
 def pack_codes(codes: Tensor) -> Tensor:
-    """int8 `[..., C]` in −1, 0, 1 to uint8 `[..., C/4]`."""
-    fields = (codes + 1).to(torch.uint8).reshape(*codes.shape[:-1], -1, 4)
+    """int8 `[..., C]` in −1, 0, 1 to uint8 `[..., ⌈C/4⌉]`; what fills up the last byte is 0."""
+    whole = nn.functional.pad(codes, (0, -codes.shape[-1] % 4))
+    fields = (whole + 1).to(torch.uint8).reshape(*codes.shape[:-1], -1, 4)
     shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=codes.device)
     return (fields << shifts).sum(dim=-1, dtype=torch.uint8)
 
 
-def unpack_codes(packed: Tensor) -> Tensor:
-    """The inverse of `pack_codes`."""
+def unpack_codes(packed: Tensor, columns: int | None = None) -> Tensor:
+    """The inverse of `pack_codes`, for C columns; default all that the bytes hold."""
     shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=packed.device)
     fields = (packed.unsqueeze(-1) >> shifts) & 3
-    return fields.to(torch.int8).flatten(-2) - 1
+    return (fields.to(torch.int8).flatten(-2) - 1)[..., :columns]
 
 
 class PackedWeight(nn.Module):
-    """A ternary matrix (or one an expert) as it is stored: `codes` uint8 `[..., R, C/4]`, `scales` `[..., R, C/G]`."""
+    """A ternary matrix (or one an expert) as it is stored: `codes` uint8 `[…, R, ⌈C/4⌉]`, `scales` `[…, R, C/G]`."""
 
     codes: Tensor
     scales: Tensor
@@ -120,12 +121,13 @@ class PackedWeight(nn.Module):
     def __init__(self, shape: torch.Size, group_size: int | str) -> None:
         super().__init__()
         width = group_width(shape[-1], group_size)
-        self.register_buffer("codes", torch.zeros(*shape[:-1], shape[-1] // 4, dtype=torch.uint8))
+        self._columns = shape[-1]
+        self.register_buffer("codes", torch.zeros(*shape[:-1], -(-shape[-1] // 4), dtype=torch.uint8))
         self.register_buffer("scales", torch.zeros(*shape[:-1], shape[-1] // width, dtype=torch.float16))
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
         """s·code `[..., R, C]`."""
-        return TernaryTensor(unpack_codes(self.codes), self.scales).dequantise().to(dtype)
+        return TernaryTensor(unpack_codes(self.codes, self._columns), self.scales).dequantise().to(dtype)
 
 
 class PackedLinear(nn.Module):

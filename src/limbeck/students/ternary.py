@@ -1,8 +1,9 @@
 """Ternary weights in training: full-precision shadows underneath, codes and scales in every forward pass.
 
 The one idea: a weight is replaced by s·code only where it is used, straight-through, so that parameters,
-their names, checkpoints and optimizers stay what they were. Scales are rounded to float16 before they are
-used: what training saw is what an export holds, to the bit.
+their names, checkpoints and optimizers stay what they were. Scales are rounded to eight significant bits before they
+are used, which float16, bfloat16 and float32 all hold: what training saw is what an export holds, to the bit, in
+whichever of them it is computed.
 
     s = mean|w| (absmean) or max|w| (absmax) over a group of G inputs;  code = clip(round(w / s), −1, 1)
     w_eff = (1−λ) w + λ s·code,  ∂w_eff/∂w := 1;  activations: int8 per token, x ≈ round(127 x / max|x|)·max|x| / 127
@@ -22,7 +23,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from limbeck.errors import ConfigError
 
 Tensor = torch.Tensor
-SMALLEST_SCALE = 6.1035e-5  # the smallest normal float16: below it a scale would lose bits
+SMALLEST_SCALE = 2.0**-14  # the smallest normal float16: below it a scale would lose bits
+LARGEST_SCALE = 65280.0  # the largest bfloat16 that float16 holds
 EXPERTS = "ternary_qat"
 
 
@@ -75,12 +77,12 @@ def group_width(columns: int, group_size: int | str) -> int:
 
 
 def _scales(magnitude: Tensor, group_size: int | str, scale: str) -> Tensor:
-    """float32 values of the float16 scales, `[..., R, C/G, 1]`, of grouped magnitudes `[..., R, C/G, G]`."""
+    """float32 scales `[..., R, C/G, 1]` that float16 and bfloat16 hold, of grouped magnitudes `[..., R, C/G, G]`."""
     s = magnitude.mean(dim=-1, keepdim=True) if scale == "absmean" else magnitude.amax(dim=-1, keepdim=True)
     if group_size == "tensor":  # the mean, or the largest, of the rows' is the matrix's own
         s = s.mean(dim=-3, keepdim=True) if scale == "absmean" else s.amax(dim=-3, keepdim=True)
         s = s.expand(*magnitude.shape[:-1], 1)
-    return s.half().clamp(SMALLEST_SCALE, 65504.0).float()
+    return s.bfloat16().float().clamp(SMALLEST_SCALE, LARGEST_SCALE)
 
 
 def quantise(weight: Tensor, group_size: int | str, scale: str) -> TernaryTensor:

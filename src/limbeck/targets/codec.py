@@ -24,7 +24,7 @@ from limbeck.errors import ConfigError, LimbeckError
 from limbeck.targets.elias_fano import IdLayout, decode_ids, encode_ids
 from limbeck.targets.sparse import PAD_ID, SparseTargets
 
-CODEC_VERSION = 1
+CODEC_VERSION = 2  # 2: each shard says which rows it holds
 _FARTHEST = np.float32(32.0)  # nats below the likeliest id
 _BLOCK = 2048  # positions coded at a time: a block's arrays stay in cache
 Array = np.ndarray[Any, Any]
@@ -78,7 +78,7 @@ def encode(targets: SparseTargets, spec: CodecSpec) -> dict[str, Array]:
         )
     ids = targets.token_ids.numpy()
     logprobs = targets.logprobs.numpy().astype(np.float32, copy=False)
-    tails = _tails(targets)
+    tails = tail_logits(targets)
     draws = _draw_counts(targets, spec) if spec.head is not None else None
     variable = bool((ids < 0).any()) or ids.shape[1] < spec.top_k
     parts: dict[str, list[Array]] = {}
@@ -90,8 +90,8 @@ def encode(targets: SparseTargets, spec: CodecSpec) -> dict[str, Array]:
     return {**{name: np.concatenate(values) for name, values in parts.items()}, "tails": tails}
 
 
-def _tails(targets: SparseTargets) -> Array:
-    """logit of the tail's mass per temperature, `[N, n_tau]` float16."""
+def tail_logits(targets: SparseTargets) -> Array:
+    """logit of the tail's mass per temperature, `[N, n_tau]` float16; -inf where there is no tail."""
     columns = []
     for index, temperature in enumerate(targets.temperatures):
         log_p = targets.logprobs.double() / temperature - targets.log_z[..., index : index + 1].double()
@@ -187,15 +187,28 @@ _SQUARES = (np.arange(256, dtype=np.float32) / 255.0) ** 2
 
 def _decode_logprobs(block: dict[str, Array], spec: CodecSpec, out: Array, log_z: Array) -> None:
     np.multiply(_SQUARES[block["levels"]], -block["range"].astype(np.float32)[:, None], out=out)
+    normalise(out, block["tails"], block.get("used"), spec.temperatures, log_z)
+
+
+def normalise(out: Array, tails: Array, used: Array | None, temperatures: tuple[float, ...], log_z: Array) -> None:
+    """Give rounded log-probabilities the mass that the tail leaves them, and fill in the normalisers.
+
+    Args:
+        out: `[N, K]` float32 log-probabilities up to a constant of the row, changed in place.
+        tails: `[N, n_tau]` float16, of `tail_logits`.
+        used: `[N]` places of a row that hold an id; None: all.
+        temperatures: the declared ones, with 1.
+        log_z: `[N, n_tau]` float32, filled.
+    """
     empty = None
-    if "used" in block:
-        out[np.arange(spec.top_k) >= block["used"][:, None]] = -np.inf
-        empty = block["used"] == 0  # no support: the teacher said nothing here
+    if used is not None:
+        out[np.arange(out.shape[1]) >= used[:, None]] = -np.inf
+        empty = used == 0  # no support: the teacher said nothing here
         out[empty, 0] = 0.0
-    head = -np.logaddexp(0.0, block["tails"].astype(np.float32))  # log(1 − tail): log sigmoid(−logit)
-    first = spec.temperatures.index(1.0)
+    head = -np.logaddexp(0.0, tails.astype(np.float32))  # log(1 − tail): log sigmoid(−logit)
+    first = temperatures.index(1.0)
     out += (head[:, first] - _logsumexp(out))[:, None]
-    for index, temperature in enumerate(spec.temperatures):
+    for index, temperature in enumerate(temperatures):
         if temperature == 1.0:
             log_z[:, index] = 0.0
         else:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from limbeck.errors import ConfigError
-from limbeck.targets.sparse import PAD_ID, SparseTargets, log_normalisers
+from limbeck.targets.sparse import PAD_ID, Normaliser, SparseTargets
 
 
 def sample_targets(
@@ -35,7 +35,7 @@ def sample_targets(
     if head + draws > vocab_size:
         raise ConfigError(f"head {head} + draws {draws} exceed the vocabulary of {vocab_size} ids.")
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    log_z1, log_z = log_normalisers(logits, temperatures)
+    normaliser = Normaliser.of(logits, temperatures)
     probabilities = torch.softmax(logits / temperature, dim=-1)
     head_ids = torch.topk(logits, head, dim=-1).indices
     head_p = probabilities.gather(-1, head_ids)
@@ -50,12 +50,12 @@ def sample_targets(
     keep = first & (tail_mass > 0.0)
     ids = torch.cat([head_ids, torch.where(keep, drawn, PAD_ID)], dim=-1)
     weights = torch.cat([head_p, torch.where(keep, counts * tail_mass / draws, 0.0)], dim=-1)
-    logprobs = torch.where(ids >= 0, logits.gather(-1, ids.clamp_min(0)) - log_z1, -math.inf)
+    logprobs = torch.where(ids >= 0, normaliser.logprobs(logits.gather(-1, ids.clamp_min(0))), -math.inf)
     order = (ids < 0).to(torch.int8).argsort(dim=-1, stable=True)  # unused places to the end
     return SparseTargets(
         token_ids=ids.gather(-1, order).int(),
         logprobs=logprobs.gather(-1, order),
-        log_z=log_z,
+        log_z=normaliser.log_z,
         temperatures=tuple(temperatures),
         vocab_size=vocab_size,
         weights=weights.gather(-1, order),

@@ -95,12 +95,12 @@ class SparseTargets:
         if top_k is not None and top_k > vocab_size:
             raise ConfigError(f"K is {top_k} and the vocabulary has {vocab_size} ids; K must not exceed it")
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        log_z1, log_z = log_normalisers(logits, temperatures)
+        normaliser = Normaliser.of(logits, temperatures)
         values, ids = torch.topk(logits, top_k or vocab_size, dim=-1)
         return cls(
             token_ids=torch.where(values == -math.inf, PAD_ID, ids).int(),
-            logprobs=values - log_z1,
-            log_z=log_z,
+            logprobs=normaliser.logprobs(values),
+            log_z=normaliser.log_z,
             temperatures=tuple(temperatures),
             vocab_size=vocab_size,
         )
@@ -124,9 +124,13 @@ class SparseTargets:
             )
         log_z = self.log_z[..., self.temperatures.index(temperature)].unsqueeze(-1)
         log_p = self.logprobs / temperature - log_z
-        # 1 - sum cancels when little is left; in float64 the error is that of the inputs alone.
-        tail = 1.0 - log_p.double().exp().sum(dim=-1)
-        return log_p, tail.clamp_min(0.0).log().to(log_p.dtype)
+        # 1 - sum cancels when little is left; in float64 the error is that of the inputs alone: half a rounding of
+        # each log-probability. A tail below it cannot be told from one of that size.
+        p = log_p.double().exp()
+        felt = torch.where(self.valid, p * log_p.double().abs(), 0.0).sum(dim=-1)
+        tail = (1.0 - p.sum(dim=-1)).maximum(felt * (torch.finfo(log_p.dtype).eps / 2.0))
+        whole = self.valid.sum(dim=-1) >= self.vocab_size
+        return log_p, torch.where(whole, 0.0, tail.clamp(0.0, 1.0)).log().to(log_p.dtype)
 
     def to_dense(self, vocab_size: int | None = None, temperature: float = 1.0) -> torch.Tensor:
         """Probabilities over the whole vocabulary `[..., V]`; the tail is spread evenly over the other ids."""
@@ -202,28 +206,43 @@ class SparseTargets:
         return SparseTargets(**{**self.__dict__, **changes})
 
 
-def log_normalisers(logits: torch.Tensor, temperatures: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Normalisers of `[..., V]` logits, in as few passes over them as can be.
+@dataclass(frozen=True)
+class Normaliser:
+    """What turns logits into log-probabilities, without a difference of large numbers.
 
-    Returns:
-        log Z_1 of the logits `[..., 1]`, and `[..., n_tau]` log Z_tau = logsumexp_v(l_v / tau) of l = logits − log Z_1.
+    Attributes:
+        top: `[..., 1]` the largest logit.
+        log_sum: `[..., 1]` log Σ exp(z − top); small where one id has nearly all the mass, and exact there.
+        log_z: `[..., n_tau]` log Z_tau = logsumexp_v(l_v / tau) of the log-probabilities l.
     """
-    top = logits.amax(dim=-1, keepdim=True)
-    top = torch.where(top > -math.inf, top, 0.0)
-    wanted = sorted({1.0, *temperatures}, reverse=True)
-    sums: dict[float, torch.Tensor] = {}
-    buffer, held = torch.empty_like(logits), 0.0
-    for temperature in wanted:
-        if held == 2.0 * temperature:  # exp(z/τ) = exp(z/2τ)²: the next exponentials are a product away
-            buffer.mul_(buffer)
-        else:
-            torch.sub(logits, top, out=buffer)
-            (buffer if temperature == 1.0 else buffer.mul_(1.0 / temperature)).exp_()
-        held = temperature
-        sums[temperature] = buffer.sum(dim=-1, keepdim=True).log()
-    log_z1 = top + sums[1.0]
-    columns = [sums[temperature] - sums[1.0] / temperature for temperature in temperatures]
-    return log_z1, torch.cat(columns, dim=-1)
+
+    top: torch.Tensor
+    log_sum: torch.Tensor
+    log_z: torch.Tensor
+
+    @classmethod
+    def of(cls, logits: torch.Tensor, temperatures: Sequence[float]) -> "Normaliser":
+        """Normalisers of `[..., V]` logits, in as few passes over them as can be."""
+        top, best = logits.max(dim=-1, keepdim=True)
+        top = torch.where(top > -math.inf, top, 0.0)
+        wanted = sorted({1.0, *temperatures}, reverse=True)
+        sums: dict[float, torch.Tensor] = {}
+        buffer, held = torch.empty_like(logits), 0.0
+        for temperature in wanted:
+            if held == 2.0 * temperature:  # exp(z/τ) = exp(z/2τ)²: the next exponentials are a product away
+                buffer.mul_(buffer)
+            else:
+                torch.sub(logits, top, out=buffer)
+                (buffer if temperature == 1.0 else buffer.mul_(1.0 / temperature)).exp_()
+                buffer.scatter_(-1, best, 0.0)  # the largest is 1; beside it a sum of 1e-9 would be rounded away
+            held = temperature
+            sums[temperature] = buffer.sum(dim=-1, keepdim=True).log1p()
+        columns = [sums[temperature] - sums[1.0] / temperature for temperature in temperatures]
+        return cls(top, sums[1.0], torch.cat(columns, dim=-1))
+
+    def logprobs(self, logits: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities at temperature 1 of some of the logits `[..., K]`."""
+        return (logits - self.top) - self.log_sum
 
 
 def concatenate(parts: Sequence[SparseTargets]) -> SparseTargets:

@@ -9,29 +9,47 @@ records it with its checksum; `manifest.json` comes when all shards are there.
 Shapes: B rows, T positions a row, K support.
 """
 
+import json
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from limbeck.data.dataset import PackedDataset, PackedRows, check_file
+from limbeck.data.dataset import SHARD_FACTS, PackedDataset, PackedRows, check_file, shard_facts
 from limbeck.errors import CorruptError, LimbeckError, MismatchError
-from limbeck.storage import commit_file, inside, read_json, read_manifest, sha256_file, write_json
-from limbeck.targets.codec import CodecSpec, RoundTrip, decode, encode, measure
+from limbeck.storage import commit_file, inside, read_json, read_manifest, require_shard, sha256_file, write_json
+from limbeck.targets.codec import CODEC_VERSION, CodecSpec, RoundTrip, decode, encode, measure
 from limbeck.targets.sparse import SparseTargets, concatenate
 
 _POSITIONS_PER_CHUNK = 1024
 
 
 def write_shard(
-    path: Path, targets: SparseTargets, spec: CodecSpec, *, compression: str = "gzip", max_kl: float = 1e-4
+    path: Path,
+    targets: SparseTargets,
+    spec: CodecSpec,
+    *,
+    split: str = "train",
+    first_row: int = 0,
+    compression: str = "gzip",
+    max_kl: float = 1e-4,
 ) -> tuple[dict[str, Any], RoundTrip]:
     """Code targets `[B, T, ...]` into an HDF5 file; returns its record for the manifest and what coding cost.
 
+    Args:
+        path: the shard.
+        targets: of rows `first_row` … of `split`.
+        spec: the codec.
+        split, first_row: kept in the file.
+        compression: gzip or none.
+        max_kl: largest cost in nats.
+
     Raises:
         LimbeckError: the measured round trip costs more than `max_kl` nats; nothing is left on disk.
+        OSError: it can not be written.
     """
     import h5py
 
@@ -47,13 +65,29 @@ def write_shard(
     temporary = path.with_name(f".{path.name}.tmp")
     chunk = max(1, _POSITIONS_PER_CHUNK // length) * length
     options = {"compression": "gzip", "compression_opts": 1, "shuffle": True} if compression == "gzip" else {}
-    with h5py.File(temporary, "w", libver="latest") as file:
+    # Made in memory: HDF5 does not survive a disk that fills up under it.
+    with h5py.File(path.name, "w", driver="core", backing_store=False, libver="latest") as file:
+        file.attrs[SHARD_FACTS] = json.dumps(
+            {**shard_facts(split, first_row, rows, length), "codec": codec_record(spec)}, sort_keys=True
+        )
         for name, value in sections.items():
             if value.size:
                 chunks = (min(chunk, len(value)), *value.shape[1:])
                 file.create_dataset(name, data=value, chunks=chunks, track_times=False, **options)
-    commit_file(temporary, path)
+        file.flush()
+        image = file.id.get_file_image()
+    try:
+        temporary.write_bytes(image)
+        commit_file(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     return {"file": path.name, "rows": rows, "sha256": sha256_file(path), "bytes": path.stat().st_size}, loss
+
+
+def codec_record(spec: CodecSpec) -> dict[str, Any]:
+    """The codec's parameters as JSON, with its version."""
+    return {"version": CODEC_VERSION, **asdict(spec), "temperatures": list(spec.temperatures)}
 
 
 class ShardJournal:
@@ -91,7 +125,7 @@ class TeacherCache:
 
     Raises:
         IncompleteError: the folder is unfinished.
-        CorruptError: a shard is missing, truncated or altered.
+        CorruptError: a shard is missing, truncated or altered, or holds other rows than the manifest says.
     """
 
     in_workers = True
@@ -104,17 +138,20 @@ class TeacherCache:
                 f"{self.folder} holds the splits {', '.join(self.manifest['splits'])} and not {split}. "
                 "Add it to teacher.splits and make the cache again."
             )
-        codec = self.manifest["codec"]
+        codec = {key: value for key, value in self.manifest["codec"].items() if key != "version"}
         self.spec = CodecSpec(**{**codec, "temperatures": tuple(codec["temperatures"])})
         self.temperatures = self.spec.temperatures
         self.vocab_size = self.spec.vocab_size
         self._shards: list[dict[str, Any]] = self.manifest["splits"][split]["shards"]
         self._starts = np.cumsum([0] + [shard["rows"] for shard in self._shards])
         self.length = int(self.manifest["max_length"])
-        for shard in self._shards:
-            check_file(self.folder, shard["file"], shard["sha256"])
         self._open_files: dict[int, Any] = {}
         self._owner = os.getpid()
+        for number, shard in enumerate(self._shards):
+            check_file(self.folder, shard["file"], shard["sha256"])
+            wanted = shard_facts(split, int(self._starts[number]), shard["rows"], self.length)
+            require_shard(self.folder / shard["file"], self._facts(number), {**wanted, "codec": self.manifest["codec"]})
+            self._open_files.pop(number).close()  # a large cache has more shards than a process may have files
 
     def __len__(self) -> int:
         """Number of cached rows."""
@@ -172,6 +209,12 @@ class TeacherCache:
             sections.setdefault(name, np.zeros((self.length, 0), dtype=np.uint8))
         targets = decode(sections, self.spec)
         return targets.with_tensors({name: tensor.unsqueeze(0) for name, tensor in targets.tensors().items()})
+
+    def _facts(self, shard: int) -> dict[str, Any]:
+        """What a shard says of itself; its rows are counted."""
+        file = self._file(shard)
+        told = file.attrs.get(SHARD_FACTS)
+        return {**(json.loads(told) if told else {}), "rows": len(file["levels"]) // self.length}
 
     def _file(self, shard: int) -> Any:
         if self._owner != os.getpid():  # a forked worker: HDF5 handles do not survive a fork

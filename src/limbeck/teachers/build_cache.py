@@ -7,7 +7,7 @@ redoes only its unfinished shard, and rank 0 writes the manifest when all are th
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from limbeck.errors import LimbeckError
 from limbeck.storage import StageFolder, read_manifest, write_manifest
 from limbeck.targets.codec import CODEC_VERSION, CodecSpec
 from limbeck.targets.sparse import SparseTargets
-from limbeck.targets.store import ShardJournal, write_shard
+from limbeck.targets.store import ShardJournal, codec_record, write_shard
 from limbeck.teachers.base import AsyncTeacher, Teacher
 from limbeck.teachers.choose import open_source, target_inputs
 
@@ -125,6 +125,8 @@ def _make_shards(
                 folder / shard.file,
                 targets,
                 spec,
+                split=shard.split,
+                first_row=shard.start,
                 compression=recipe.teacher.compression,
                 max_kl=recipe.teacher.max_kl,
             )
@@ -199,7 +201,7 @@ def _manifest(
         "tokenizer": first.manifest["tokenizer"]["hash"],
         "attention": stage.inputs["attention"],
         "max_length": first.max_length,
-        "codec": {**asdict(spec), "temperatures": list(spec.temperatures)},
+        "codec": codec_record(spec),
         "splits": splits,
         "positions": positions,
         "bytes_per_position": round(size / positions, 2),

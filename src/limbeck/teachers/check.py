@@ -6,6 +6,7 @@ from limbeck.targets.sparse import SparseTargets
 from limbeck.teachers.http import WrongAnswerError
 
 _SLACK = 1e-2  # float16 and int8 log-probabilities sum to 1 within this
+_NORMALISER_SLACK = 0.1  # nats; int8 log-probabilities at two temperatures give a normaliser within this
 
 
 def check_targets(targets: SparseTargets, source: str) -> None:
@@ -17,7 +18,7 @@ def check_targets(targets: SparseTargets, source: str) -> None:
 
     Raises:
         WrongAnswerError: NaN or infinite values, ids outside the vocabulary or twice in a position, probabilities that
-            sum above 1 or normalisers below what is listed; with the row and position of the first.
+            sum above 1, or normalisers that no tail could give; with the row and position of the first.
     """
     valid, ids = targets.valid, targets.token_ids
     _refuse(
@@ -33,6 +34,7 @@ def check_targets(targets: SparseTargets, source: str) -> None:
         (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0), source,
         lambda at: f"names id {int(ordered[..., 1:][at])} twice",
     )  # fmt: skip
+    mass_at_1 = torch.where(valid, targets.logprobs, -torch.inf).exp().sum(dim=-1)
     for index, temperature in enumerate(targets.temperatures):
         log_p = torch.where(valid, targets.logprobs / temperature - targets.log_z[..., index : index + 1], -torch.inf)
         mass = log_p.exp().sum(dim=-1)
@@ -41,6 +43,30 @@ def check_targets(targets: SparseTargets, source: str) -> None:
             lambda at, mass=mass, tau=temperature: f"gives probabilities that sum to {float(mass[at]):.3f} at "
             f"temperature {tau:g}: logits instead of log-probabilities, or another temperature",
         )  # fmt: skip
+        log_z = targets.log_z[..., index]
+        slack = 1e-3 if temperature == 1.0 else _NORMALISER_SLACK
+        wrong = (log_z - _bounded(targets, mass_at_1, log_z, temperature)).abs() > slack
+        _refuse(
+            wrong & valid.any(dim=-1), source,
+            lambda at, found=log_z, tau=temperature: f"gives the normaliser {float(found[at]):.4f} at temperature "
+            f"{tau:g}, which no distribution with these probabilities has",
+        )  # fmt: skip
+
+
+def _bounded(targets: SparseTargets, mass_at_1: torch.Tensor, log_z: torch.Tensor, temperature: float) -> torch.Tensor:
+    """log Z_τ brought to what is possible: between the rest of the mass on one id, and evenly on all others."""
+    if temperature == 1.0:
+        return torch.zeros_like(log_z)
+    head = torch.where(targets.valid, targets.logprobs / temperature, -torch.inf).logsumexp(dim=-1)
+    log_n = (targets.vocab_size - targets.valid.sum(dim=-1)).clamp_min(1).log()
+    least, most = ((1.0 - mass_at_1 + slack).clamp_min(0.0).log() for slack in (-_SLACK, _SLACK))
+
+    def total(log_mass: torch.Tensor, *, even: bool) -> torch.Tensor:
+        tail = log_n + (log_mass - log_n) / temperature if even else log_mass / temperature
+        return torch.logaddexp(head, tail)
+
+    flat = temperature > 1.0  # then an even spread has the largest sum of p^(1/τ), else the smallest
+    return torch.minimum(torch.maximum(log_z, total(least, even=not flat)), total(most, even=flat))
 
 
 def _refuse(wrong: torch.Tensor, source: str, what: object) -> None:

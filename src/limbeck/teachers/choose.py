@@ -12,7 +12,7 @@ from limbeck.console import warn
 from limbeck.data.dataset import PackedDataset
 from limbeck.data.tokenizer import LoadedTokenizer, load_tokenizer, require_same
 from limbeck.errors import ConfigError
-from limbeck.models import choose_dtype, load_causal_lm, model_identity, require_packing
+from limbeck.models import choose_dtype, load_causal_lm, model_identity
 from limbeck.storage import read_manifest
 from limbeck.targets.store import TeacherCache
 from limbeck.teachers.base import Teacher
@@ -41,8 +41,6 @@ def open_local(recipe: Recipe, tokenizer: LoadedTokenizer, rows: PackedDataset |
         trust_remote_code=section.trust_remote_code,
         dtype=choose_dtype(section.dtype, device),
     )
-    if recipe.dataset.attention == "per_document":
-        require_packing(model, "teacher")
     return LocalTeacher(
         model,
         top_k=section.top_k,
@@ -52,6 +50,7 @@ def open_local(recipe: Recipe, tokenizer: LoadedTokenizer, rows: PackedDataset |
         sampling_temperature=recipe.loss.end("temperature") if section.sampling else None,
         max_batch_tokens=(section.batch_size or 0) * recipe.dataset.max_length or section.max_batch_tokens,
         device=device,
+        vocab_size=tokenizer.vocab_size,
     )
 
 

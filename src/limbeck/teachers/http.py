@@ -6,6 +6,7 @@ and which stops the run at once with the reason.
 """
 
 import asyncio
+import json
 import random
 import threading
 import time
@@ -16,8 +17,9 @@ from typing import Any, TypeVar
 
 import httpx2
 
-from limbeck.console import warn
+from limbeck.console import printable, warn
 from limbeck.errors import ConfigError, CorruptError, LimbeckError
+from limbeck.teachers.compression import ACCEPTED, BodyReader, DamagedError, TooLargeError
 
 T = TypeVar("T")
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 30.0
@@ -349,15 +351,20 @@ class TeacherClient:
             nonlocal opened
             opened = opened or event == "connection.connect_tcp.complete"
 
-        request = endpoint.client.stream(method, url, json=body, extensions={"trace": trace})
+        sent = None if body is None else encode_body(body)
+        headers = {"accept-encoding": ACCEPTED, **({"content-type": "application/json"} if sent is not None else {})}
+        extensions = {"trace": trace}
+        request = endpoint.client.stream(method, url, content=sent, headers=headers, extensions=extensions)
         try:
             async with asyncio.timeout(self._timeout), request as response:
-                content = bytearray()
-                async for chunk in response.aiter_bytes():
-                    content += chunk
-                    if len(content) > max_bytes:
-                        raise WrongAnswerError(f"{url} answers with more than {max_bytes:,} bytes; that is no answer.")
-                return Reply(response.status_code, response.headers, bytes(content)), opened
+                reader = BodyReader(response.headers.get("content-encoding", "").strip().lower(), max_bytes)
+                async for chunk in response.aiter_raw():
+                    reader.feed(chunk)
+                return Reply(response.status_code, response.headers, reader.finish()), opened
+        except TooLargeError:
+            raise WrongAnswerError(f"{url} answers with more than {max_bytes:,} bytes; that is no answer.") from None
+        except DamagedError as error:
+            raise _TransientError(str(error)) from None
         except TimeoutError:
             raise _TransientError(f"no whole answer within {self._timeout:g} s") from None
         except (httpx2.InvalidURL, httpx2.UnsupportedProtocol, httpx2.LocalProtocolError) as error:
@@ -373,10 +380,15 @@ class TeacherClient:
     def words(self, reply: Reply) -> str:
         """What the server says, short and without the key."""
         text = reply.content[: 4 * _SHOWN].decode("utf-8", errors="replace").strip()
-        return " ".join(self._hide(text).split())[:_SHOWN] or "no reason given"
+        return printable(" ".join(self._hide(text).split()), _SHOWN) or "no reason given"
 
     def _hide(self, text: str) -> str:
         return text.replace(self._key, "…") if self._key else text
+
+
+def encode_body(body: dict[str, Any]) -> bytes:
+    """A request's JSON as it is sent."""
+    return json.dumps(body, separators=(",", ":")).encode()
 
 
 def _retry_after(reply: Reply) -> float:

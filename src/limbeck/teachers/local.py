@@ -7,6 +7,9 @@ Shapes: B rows, T positions, V vocabulary, K support.
 """
 
 import copy
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,7 +17,14 @@ import torch
 from limbeck.config import SamplingConfig
 from limbeck.data.dataset import PackedRows
 from limbeck.errors import ConfigError
-from limbeck.models import embedded_vocab_size, head_replaced, verified_transform
+from limbeck.models import (
+    OutputHead,
+    head_replaced,
+    keeps_documents_apart,
+    last_hidden_states,
+    refuse_mixed_documents,
+    verified_transform,
+)
 from limbeck.targets.sampling import sample_targets
 from limbeck.targets.sparse import SparseTargets, concatenate
 
@@ -36,9 +46,12 @@ class LocalTeacher:
         sampling_temperature: the temperature the draws are made at; default the largest declared.
         max_batch_tokens: tokens in one forward pass.
         device: moved there once; default where the model is.
+        vocab_size: ids from here on are padding of the embedding (the tokenizer has no token for them) and get
+            probability 0; default: the model's logits are all tokens.
 
     Raises:
-        ConfigError: K exceeds the vocabulary, or 1 is not among the temperatures.
+        ConfigError: K exceeds the vocabulary, 1 is not among the temperatures, or `attention` is per_document and the
+            model does not keep the documents of a row apart.
 
     Example:
         >>> teacher = LocalTeacher(model, top_k=64, temperatures=(1.0, 2.0))
@@ -58,13 +71,15 @@ class LocalTeacher:
         sampling_temperature: float | None = None,
         max_batch_tokens: int = 8192,
         device: str | torch.device | None = None,
+        vocab_size: int | None = None,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         if device is not None:
             self.model.to(device)
-        self.vocab_size = embedded_vocab_size(model)
+        verified_transform(model)
+        self._head = OutputHead(model, vocab_size)
+        self.vocab_size = self._head.vocab_size
         self._budget = max_batch_tokens
-        self._transform = verified_transform(model)
         self._ask(top_k, temperatures, attention, sampling, sampling_temperature)
 
     def asking(
@@ -93,6 +108,8 @@ class LocalTeacher:
         self.attention = attention
         self._top_k, self._sampling = top_k, sampling
         self._sampling_temperature = sampling_temperature or max(self.temperatures)
+        if attention == "per_document" and not self.keeps_documents_apart:
+            refuse_mixed_documents(self.model, "teacher")
         if 1.0 not in self.temperatures:
             raise ConfigError(f"the declared temperatures are {list(temperatures)}; 1 must be one of them.")
         support = top_k if sampling is None else sampling.head + sampling.draws
@@ -101,6 +118,11 @@ class LocalTeacher:
                 f"teacher.top_k (K) is {support} and the teacher's vocabulary has {self.vocab_size} ids. "
                 "Lower teacher.top_k, or set it to null for the whole vocabulary."
             )
+
+    @cached_property
+    def keeps_documents_apart(self) -> bool:
+        """True when the model can do `attention: per_document`."""
+        return keeps_documents_apart(self.model)
 
     @property
     def sampling_temperature(self) -> float | None:
@@ -125,8 +147,16 @@ class LocalTeacher:
         device = next(self.model.parameters()).device
         with torch.autocast(device.type, enabled=False):
             outputs = self.model(**rows.to(device).model_inputs(self.attention))
-        logits: torch.Tensor = outputs.logits.float().cpu()
+        logits: torch.Tensor = outputs.logits[..., : self.vocab_size].float().cpu()
         return logits
+
+    @torch.no_grad()
+    def reference(self, rows: PackedRows) -> "LocalReference":
+        """The whole distributions of the rows, made a few positions at a time when they are asked for."""
+        device = next(self.model.parameters()).device
+        with torch.autocast(device.type, enabled=False):
+            hidden = last_hidden_states(self.model, **rows.to(device).model_inputs(self.attention))
+        return LocalReference(hidden.reshape(-1, hidden.shape[-1]), self._head)
 
     def _pass(self, rows: PackedRows) -> SparseTargets:
         device = next(self.model.parameters()).device
@@ -135,7 +165,7 @@ class LocalTeacher:
         found: list[SparseTargets] = []
 
         def targets_of(hidden: torch.Tensor) -> torch.Tensor:
-            found.append(self._from_hidden(hidden, head, rows.row_ids))
+            found.append(self._from_hidden(hidden, rows))
             return hidden[..., :1]
 
         # Autocast is the student's; the teacher speaks in the precision of its own weights.
@@ -144,33 +174,52 @@ class LocalTeacher:
         shape = moved.input_ids.shape
         return found[0].with_tensors({n: t.reshape(*shape, t.shape[-1]) for n, t in found[0].tensors().items()})
 
-    def _from_hidden(self, hidden: torch.Tensor, head: Any, row_ids: torch.Tensor) -> SparseTargets:
+    def _from_hidden(self, hidden: torch.Tensor, batch: PackedRows) -> SparseTargets:
         rows, length, width = hidden.shape
-        if self._sampling is not None:  # the draws of a row depend on its number alone, not on its batch
-            return concatenate([self._sampled(self._logits(hidden[i], head), int(row_ids[i])) for i in range(rows)])
+        if self._sampling is not None:  # the draws of a row depend on the row alone, not on its batch
+            drawn = (self._sampled(self._head.logits(hidden[i]), batch.slice(i, i + 1)) for i in range(rows))
+            return concatenate(list(drawn))
         flat, kind = hidden.reshape(-1, width), hidden.device.type
         chunk = min(_rows(_CHUNK_BYTES, kind, self.vocab_size), 512 if kind == "cpu" else rows * length)
         block = _rows(_BLOCK_BYTES, kind, self.vocab_size)
         parts = []
         for start in range(0, rows * length, chunk):
-            logits = self._logits(flat[start : start + chunk], head)
+            logits = self._head.logits(flat[start : start + chunk])
             parts += [
                 SparseTargets.from_logits(logits[i : i + block], self._top_k, self.temperatures)
                 for i in range(0, len(logits), block)
             ]
         return concatenate(parts)
 
-    def _logits(self, hidden: torch.Tensor, head: Any) -> torch.Tensor:
-        logits: torch.Tensor = self._transform(torch.nn.functional.linear(hidden, head.weight, head.bias).float())
-        return logits
-
-    def _sampled(self, logits: torch.Tensor, row_id: int) -> SparseTargets:
+    def _sampled(self, logits: torch.Tensor, row: PackedRows) -> SparseTargets:
         sampling = self._sampling
         assert sampling is not None
-        generator = torch.Generator(logits.device).manual_seed((sampling.seed << 32) + row_id + 1)
+        generator = torch.Generator(logits.device).manual_seed(_row_seed(sampling.seed, row))
         return sample_targets(
             logits, sampling.head, sampling.draws, self.temperatures, self._sampling_temperature, generator
         )
+
+
+@dataclass(frozen=True)
+class LocalReference:
+    """Whole next-token distributions of N positions: their hidden states `[N, D]` and the head above them."""
+
+    hidden: torch.Tensor
+    head: OutputHead
+
+    def log_probs(self, positions: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities `[n, V]` in float32 at the given positions."""
+        found: torch.Tensor = self.head.log_probs(self.hidden[positions.to(self.hidden.device)])
+        return found
+
+
+def _row_seed(seed: int, row: PackedRows) -> int:
+    """The seed of a row's draws: by its number, or by its tokens where it has none."""
+    number = int(row.row_ids[0])
+    if number >= 0:
+        return (seed << 32) + number + 1
+    content = torch.stack([row.input_ids[0], row.doc_ids[0]]).cpu().numpy().astype("<i8").tobytes()
+    return int.from_bytes(hashlib.sha256(seed.to_bytes(8, "little") + content).digest()[:8], "little") >> 1
 
 
 def _rows(budget: dict[str, int], kind: str, vocab_size: int) -> int:

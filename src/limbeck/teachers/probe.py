@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from limbeck.config import Recipe
+from limbeck.console import printable
 from limbeck.data.dataset import PackedRows
 from limbeck.data.tokenizer import LoadedTokenizer, recipe_tokenizer
 from limbeck.errors import ConfigError, LimbeckError
@@ -178,7 +179,8 @@ def _against_local(recipe: Recipe, teacher: RemoteTeacher, rows: PackedRows, top
         )  # fmt: skip
     except LimbeckError as error:
         return {"skipped": f"{section.model} has no weights here ({str(error)[:80]})"}
-    own = LocalTeacher(model, top_k=top_k, temperatures=(1.0,), device=device).targets(rows).to("cpu")
+    local = LocalTeacher(model, top_k=top_k, temperatures=(1.0,), attention="packed", device=device)
+    own = local.targets(rows).to("cpu")
     other = teacher.targets(rows)
     size = max(own.vocab_size, other.vocab_size)
     p, q = own.to_dense(size)[:, :-1], other.to_dense(size)[:, :-1]
@@ -203,5 +205,5 @@ def report_text(found: dict[str, Any]) -> str:
         if isinstance(value, dict):
             value = ", ".join(f"{name} {number:.3g}" if isinstance(number, float) else f"{name} {number}"
                               for name, number in value.items())  # fmt: skip
-        lines.append(f"{key:<18} {value}")
-    return "\n".join([*lines, *(f"note: {note}" for note in found["notes"])])
+        lines.append(f"{key:<18} {printable(str(value))}")
+    return "\n".join([*lines, *(f"note: {printable(note)}" for note in found["notes"])])

@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 from limbeck.config import SamplingConfig
-from limbeck.console import say
+from limbeck.console import printable, say
 from limbeck.data.dataset import PackedRows
 from limbeck.data.tokenizer import LoadedTokenizer, require_same
 from limbeck.errors import ConfigError, MismatchError
@@ -283,7 +283,7 @@ def check_ask(ask: Ask, facts: Facts) -> None:
 
 def describe_connection(facts: Facts, urls: Sequence[str]) -> None:
     """Say who answers, and what its user should know."""
-    named = f", model {facts.model}" if facts.model else ""
+    named = f", model {printable(facts.model)}" if facts.model else ""
     say(f"teacher: {', '.join(urls)} ({facts.protocol}{named})")
     for note in facts.notes:
-        say(f"  note: {note}")
+        say(f"  note: {printable(note)}")

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from limbeck.console import say, warn
 from limbeck.errors import LimbeckError
+from limbeck.models import require_whole
 from limbeck.storage import read_json, write_json
 from limbeck.training.checkpoints import (
     BEST,
@@ -299,7 +300,10 @@ class CheckpointingTrainer(Trainer):
         if checkpoint is None or not isinstance(base, PreTrainedModel) or self.is_fsdp_enabled:
             return False
         dtype = next(base.parameters()).dtype
-        saved = type(base).from_pretrained(checkpoint, dtype=dtype, use_safetensors=True)
+        saved, report = type(base).from_pretrained(
+            checkpoint, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        require_whole(f"checkpoint {checkpoint}", report)
         base.load_state_dict(saved.state_dict(), strict=True)
         return True
 

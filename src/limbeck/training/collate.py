@@ -18,7 +18,8 @@ class RowCollator:
 
     Items may differ in length: shorter ones are filled up with `pad_id`, which carries no loss. `labels`
     follow the Hugging Face convention (aligned with `input_ids`, -100 where there is no loss) and only take
-    loss away; without them every next token of the same document counts.
+    loss away; without them every next token of the same document counts. Padding in front of a row is moved behind
+    it: plain causal attention would see it there.
     """
 
     def __init__(self, teacher: Teacher | None = None, pad_id: int = 0) -> None:
@@ -28,8 +29,10 @@ class RowCollator:
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The batch, as a dict of tensors [B, T]."""
         ids = [torch.as_tensor(item["input_ids"]) for item in items]
-        length = max(len(row) for row in ids)
         docs = [self._documents(item, len(row)) for item, row in zip(items, ids, strict=True)]
+        padding = [_leading_padding(row) for row in docs]
+        ids, docs = ([row[skip:] for row, skip in zip(rows, padding, strict=True)] for rows in (ids, docs))
+        length = max(len(item["input_ids"]) for item in items)
         rows = PackedRows(
             row_ids=torch.tensor([int(item.get("row_id", -1)) for item in items]),
             input_ids=torch.stack([_fill(row, length, self._pad_id) for row in ids]),
@@ -37,7 +40,8 @@ class RowCollator:
         )
         labels = rows.labels
         if "labels" in items[0]:
-            given = torch.stack([_fill(torch.as_tensor(item["labels"]), length, IGNORE) for item in items])
+            kept = (torch.as_tensor(item["labels"])[skip:] for item, skip in zip(items, padding, strict=True))
+            given = torch.stack([_fill(row, length, IGNORE) for row in kept])
             labels[:, :-1][given[:, 1:] == IGNORE] = IGNORE
         batch: dict[str, Any] = {
             "row_ids": rows.row_ids,
@@ -58,6 +62,12 @@ class RowCollator:
         mask = item.get("attention_mask")
         docs = torch.zeros(length, dtype=torch.long)
         return docs if mask is None else torch.where(torch.as_tensor(mask).bool(), docs, -1)
+
+
+def _leading_padding(docs: torch.Tensor) -> int:
+    """Places before a row's first token; 0 for a row that is padding alone."""
+    used = (docs >= 0).nonzero()
+    return int(used[0]) if len(used) else 0
 
 
 def _fill(row: torch.Tensor, length: int, value: int) -> torch.Tensor:

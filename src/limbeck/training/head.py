@@ -7,17 +7,20 @@ and no [B, T, V] logits exist. What the model does to logits after the head (sca
 its config and verified once against the model's own logits.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers.modeling_outputs import CausalLMOutput
 
 from limbeck.data.dataset import IGNORE
+from limbeck.errors import ConfigError
+from limbeck.losses.divergences import whole_kl
 from limbeck.losses.fused import FusedLossOutput, fused_distillation_loss
-from limbeck.losses.router import RouterLosses, router_losses, routing_top_k
-from limbeck.models import LogitTransform, head_replaced, verified_transform
+from limbeck.losses.router import RouterLosses, RouterTap, router_losses
+from limbeck.models import LogitTransform, OutputHead, head_replaced, verified_transform
 from limbeck.targets.sparse import SparseTargets
+from limbeck.teachers.base import Reference
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class LossRequest:
         settings: keywords of `fused_distillation_loss`.
         router: weights (load balance, auxiliary) and the auxiliary's kind.
         num_items: divisor of the sums.
+        scores_kl: also give KL(teacher ‖ student) at temperature 1.
+        reference: the teacher's whole distribution for that KL; without it that of the (K+1)-partition is given.
     """
 
     labels: torch.Tensor
@@ -37,14 +42,20 @@ class LossRequest:
     settings: dict[str, Any]
     router: tuple[float, float, str] = (0.0, 0.0, "z")
     num_items: torch.Tensor | float | None = None
+    scores_kl: bool = False
+    reference: Reference | None = None
 
 
 @dataclass
 class LossOutput(CausalLMOutput):
-    """A causal LM's output that carries the fused loss and its parts instead of logits."""
+    """A causal LM's output that carries the fused loss and its parts instead of logits.
+
+    `kl_sum` is Σ KL(teacher ‖ student) at temperature 1 over the labelled positions, where it was asked for.
+    """
 
     parts: FusedLossOutput | None = None
     router: RouterLosses | None = None
+    kl_sum: torch.Tensor | None = None
 
 
 def attach_fused_loss(model: Any) -> None:
@@ -54,39 +65,68 @@ def attach_fused_loss(model: Any) -> None:
         LimbeckError: the model has no linear output embedding, or changes its logits in a way that
             `LogitTransform` does not know.
     """
-    transform = verified_transform(model)
+    tap = RouterTap(model)
+    with tap.recording():
+        transform = verified_transform(model)
+        tap.learn()
     head = model.get_output_embeddings()
-    top_k = routing_top_k(model.config)
     plain_forward = model.forward
 
     def forward(*args: Any, loss_request: LossRequest | None = None, **kwargs: Any) -> Any:
         if loss_request is None:
             return plain_forward(*args, **kwargs)
         found: list[tuple[FusedLossOutput, torch.Tensor]] = []
+        scored: list[torch.Tensor | None] = []
 
         def head_forward(hidden: torch.Tensor) -> torch.Tensor:
             parts = _loss(hidden, head, loss_request, transform)
             # Three dimensions, because model code slices and scales what it takes for logits.
             found.append((parts, parts.loss.reshape(1, 1, 1)))
+            if loss_request.scores_kl:
+                scored.append(_kl_sum(hidden, model, transform, loss_request))
             return found[0][1]
 
-        if top_k is not None:
-            kwargs["output_router_logits"] = True
-        with head_replaced(head, head_forward):
+        balance, aux, kind = loss_request.router
+        if tap.problem is not None and (balance or aux):
+            raise ConfigError(
+                f"loss.load_balance is {balance:g} and loss.router_aux {aux:g}, and the student's routers cannot be "
+                f"read: {tap.problem}. Set both to 0."
+            )
+        with tap.recording() as routings, head_replaced(head, head_forward):
             outputs = plain_forward(*args, **{**kwargs, "use_cache": False})
         parts, carried = found[0]
         # The loss goes on from the very tensor that left the head, so that hooks on the head's output (FSDP2)
         # see the gradient.
         loss, router = carried.reshape(()), None
-        if top_k is not None and outputs.router_logits:
-            balance, aux, kind = loss_request.router
+        if routings:
             # Over the positions that carry the loss, so that micro-batches add up to the whole batch.
-            router = router_losses(outputs.router_logits, loss_request.labels != IGNORE, top_k, kind)
+            router = router_losses(routings, loss_request.labels != IGNORE, kind)
             items = parts.num_valid if loss_request.num_items is None else loss_request.num_items
             loss = loss + (balance * router.load_balance + aux * router.aux) * (parts.num_valid / items)
-        return LossOutput(loss=loss, parts=parts, router=router, hidden_states=outputs.hidden_states)
+        kl_sum = scored[0] if scored else None
+        return LossOutput(loss=loss, parts=parts, router=router, kl_sum=kl_sum, hidden_states=outputs.hidden_states)
 
     model.forward = forward
+
+
+_SCORE_BYTES = 32 << 20
+
+
+@torch.no_grad()
+def _kl_sum(hidden: torch.Tensor, model: Any, transform: LogitTransform, request: LossRequest) -> torch.Tensor | None:
+    """Σ KL(teacher ‖ student) at temperature 1; None where sampled targets belong to another temperature."""
+    targets, reference = request.targets, request.reference
+    if reference is None:
+        if targets is None or targets.sampling_temperature not in (None, 1.0):
+            return None
+        plain = replace(request, settings={"alpha": 1.0, "temperature": 1.0})
+        return _loss(hidden, model.get_output_embeddings(), plain, transform).divergence_sum
+    head, flat = OutputHead(model), hidden.reshape(-1, hidden.shape[-1])
+    positions = (request.labels.reshape(-1) != IGNORE).nonzero().squeeze(-1)
+    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    for part in torch.split(positions, max(1, _SCORE_BYTES // (4 * head.vocab_size))):
+        total += whole_kl(reference.log_probs(part).to(hidden.device), head.log_probs(flat[part]))
+    return total
 
 
 def _loss(hidden: torch.Tensor, head: Any, request: LossRequest, transform: LogitTransform) -> FusedLossOutput:

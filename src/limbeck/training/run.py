@@ -10,7 +10,6 @@ checkpoint and end with the same bytes as an undisturbed run; other inputs are r
 """
 
 import contextlib
-import errno
 import json
 import math
 import os
@@ -29,7 +28,15 @@ from limbeck.errors import LimbeckError
 from limbeck.models import embedded_vocab_size, model_identity, require_packing
 from limbeck.optim.groups import build_groups, describe_groups
 from limbeck.optim.schedules import schedule_arguments
-from limbeck.storage import StageFolder, commit_folder, read_json_lines, read_manifest, sha256_file, write_manifest
+from limbeck.storage import (
+    StageFolder,
+    commit_folder,
+    plain_disk_errors,
+    read_json_lines,
+    read_manifest,
+    sha256_file,
+    write_manifest,
+)
 from limbeck.students.build import build_student
 from limbeck.teachers.base import AsyncTeacher, Teacher
 from limbeck.teachers.choose import open_teacher, teacher_inputs
@@ -146,14 +153,8 @@ def check_plan(recipe: Recipe, student: Any, rows: PackedDataset) -> list[str]:
 def _plain_errors(folder: Path) -> Iterator[None]:
     """Say in one line what a full disk or a lost connection between ranks means."""
     try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
-            raise
-        raise LimbeckError(
-            f"{folder} could not be written ({error}). Make room and run the same command again: it continues from "
-            "the newest checkpoint."
-        ) from None
+        with plain_disk_errors(folder):
+            yield
     except RuntimeError as error:
         lost = ("closed by peer", "Connection reset", "Broken pipe", "Connection refused", "NCCL", "timed out", "gloo")
         if ranks.world_size() == 1 or not any(word in str(error) for word in lost):

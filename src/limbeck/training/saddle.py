@@ -84,7 +84,7 @@ class SaddleCallback(TrainerCallback):
     `saddle.jsonl` in the run's folder holds a line each.
 
     Raises:
-        ConfigError: curvature is wanted of a sharded model, or of a loss whose tail is no bucket.
+        ConfigError: curvature is wanted of a sharded model.
     """
 
     def __init__(self, trainer: Any, config: SaddleConfig) -> None:
@@ -97,10 +97,6 @@ class SaddleCallback(TrainerCallback):
         self._recent: deque[float] = deque(maxlen=10)
         if config.curvature and trainer.is_fsdp_enabled:
             raise ConfigError("saddle.curvature is true and the model is sharded (FSDP); set it to false.")
-        if config.curvature and trainer.args.tail != "bucket":
-            raise ConfigError(
-                f"saddle.curvature is true and loss.tail is {trainer.args.tail}; the proof knows bucket alone."
-            )
 
     @property
     def factor(self) -> float:

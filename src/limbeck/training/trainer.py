@@ -19,18 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, get_scheduler
+from transformers import PrinterCallback
 
 from limbeck.config import OptimizerConfig, SaddleConfig
 from limbeck.data.dataset import PackedDataset, PackedRows
 from limbeck.errors import ConfigError
 from limbeck.losses.dense import dense_distillation_loss
+from limbeck.models import require_packing
 from limbeck.optim.groups import build_groups, check_groups
 from limbeck.optim.hybrid import HybridOptimizer
-from limbeck.optim.schedules import SCHEDULES, schedule_arguments
+from limbeck.optim.schedules import SCHEDULES, build_schedule
 from limbeck.targets.sparse import SparseTargets
 from limbeck.targets.store import TeacherCache
-from limbeck.teachers.base import AsyncTeacher, Teacher
+from limbeck.teachers.base import AsyncTeacher, DenseTeacher, Reference, Teacher
 from limbeck.training.arguments import DistillationArguments
 from limbeck.training.callbacks import LogLines
 from limbeck.training.checkpointing import CheckpointingTrainer
@@ -61,7 +62,8 @@ class DistillationTrainer(CheckpointingTrainer):
         kwargs: further arguments of transformers.Trainer.
 
     Raises:
-        ConfigError: a temperature of the loss is not one the teacher declares, or its attention is another.
+        ConfigError: a temperature of the loss is not one the teacher declares, its attention is another, or the student
+            does not keep the documents of a row apart and `attention` is per_document.
         MismatchError: a cached teacher was made for other rows than `train_dataset`.
     """
 
@@ -82,6 +84,8 @@ class DistillationTrainer(CheckpointingTrainer):
             raise ConfigError(f"attention is {args.attention!r}; choose per_document or packed.")
         if teacher is not None:
             _check_teacher(teacher, args, train_dataset)
+        if args.attention == "per_document":
+            require_packing(model, "student")
         # Outside torchrun one process drives one GPU: nn.DataParallel would bypass the fused forward.
         args._n_gpu = min(args.n_gpu, 1)
         attach_fused_loss(model)
@@ -158,6 +162,7 @@ class DistillationTrainer(CheckpointingTrainer):
         labels: torch.Tensor,
         targets: SparseTargets | None,
         num_items: torch.Tensor | int | None,
+        **scores: Any,
     ) -> Any:
         args, step = self.args, self.state.global_step
         request = LossRequest(
@@ -166,6 +171,7 @@ class DistillationTrainer(CheckpointingTrainer):
             settings={**args.loss_settings, **self.loss_weights(step if model.training else _AFTER_ALL_RAMPS)},
             router=(args.load_balance, args.router_aux, args.router_aux_kind),
             num_items=num_items,
+            **scores,
         )
         return model(**rows.model_inputs(args.attention), loss_request=request)
 
@@ -252,11 +258,17 @@ class DistillationTrainer(CheckpointingTrainer):
         ignore_keys: Sequence[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """CE in nats per token over held-out rows, weighted by tokens; with a local teacher its divergence too."""
+        """CE in nats per token over held-out rows, weighted by tokens; with a teacher at hand the distance to it too.
+
+        `kl_to_teacher` is the forward KL at temperature 1 over the whole vocabulary, whatever is trained; a teacher
+        that gives its likeliest ids alone has `kl_to_teacher_at_least`, that of the (K+1)-partition. `divergence` is
+        the one that is trained, at its temperature.
+        """
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         if dataset is None:
             raise ConfigError("evaluation was asked for and there is no eval_dataset; give one, or unset eval_steps.")
         clock, seen = time.perf_counter(), StepMetrics()
+        kl, whole = torch.zeros((), dtype=torch.float64, device=self.args.device), False
         if self.ternary is not None:
             self.ternary.state.mix = 1.0  # what a checkpoint holds
         model = self.model_wrapped if self.model_wrapped is not None else self.model
@@ -271,21 +283,31 @@ class DistillationTrainer(CheckpointingTrainer):
             rows = PackedRows(inputs["row_ids"], inputs["input_ids"], inputs["doc_ids"])
             with self.compute_loss_context_manager():
                 targets = self._targets(rows, inputs, self.eval_teacher)
-                outputs = self._forward(model, rows, inputs["labels"], targets, None)
+                reference = self._reference(rows)
+                scores = {"scores_kl": targets is not None, "reference": reference}
+                outputs = self._forward(model, rows, inputs["labels"], targets, None, **scores)
+            whole = reference is not None
             if start < count:
                 seen.add(outputs)
-        sums = seen.sums(self._sum_over_ranks)
+                kl += outputs.kl_sum if outputs.kl_sum is not None else math.nan
+        sums, kl_sum = seen.sums(self._sum_over_ranks), float(self._sum_over_ranks(kl))
         model.train()
         tokens = max(sums["tokens"], 1.0)
         metrics = {"loss": sums["ce"] / tokens, "perplexity": math.exp(min(sums["ce"] / tokens, 700.0))}
         if self.eval_teacher is not None:
-            metrics["kl_to_teacher"] = sums["divergence"] / tokens
+            if math.isfinite(kl_sum):
+                metrics["kl_to_teacher" if whole else "kl_to_teacher_at_least"] = max(kl_sum / tokens, 0.0)
+            metrics["divergence"] = sums["divergence"] / tokens
             metrics["top1_agreement"] = sums["top1"] / tokens
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.metrics.skip(time.perf_counter() - clock)  # throughput is of training alone
         return metrics
+
+    def _reference(self, rows: PackedRows) -> Reference | None:
+        teacher = self.eval_teacher
+        return teacher.reference(rows) if isinstance(teacher, DenseTeacher) else None
 
     # -- optimizer -------------------------------------------------------------------------------------
 
@@ -314,20 +336,14 @@ class DistillationTrainer(CheckpointingTrainer):
         if self.lr_scheduler is not None or kind not in SCHEDULES:
             return super().create_scheduler(num_training_steps, optimizer)
         warmup = args.get_warmup_steps(num_training_steps)
-        name, special = schedule_arguments(
+        self.lr_scheduler = build_schedule(
+            optimizer or self.optimizer,
             kind,
             num_training_steps,
             warmup,
             decay_ratio=args.decay_ratio,
             decay_type=args.decay_type,
             min_lr_ratio=args.min_lr_ratio,
-        )
-        self.lr_scheduler = get_scheduler(
-            name,
-            optimizer=optimizer or self.optimizer,
-            num_warmup_steps=warmup,
-            num_training_steps=num_training_steps,
-            scheduler_specific_kwargs=special,
         )
         self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -355,9 +371,9 @@ class DistillationTrainer(CheckpointingTrainer):
         packed = PackedRows(inputs["row_ids"], inputs["input_ids"], inputs["doc_ids"])
         targets = self._targets(packed, inputs, self.teacher)
         settings = {**args.loss_settings, **self.loss_weights(self.state.global_step)}
-        wanted = {key: settings[key] for key in ("alpha", "temperature", "divergence", "jsd_beta", "skew")}
+        settings.pop("chunk_size")
         logits = model(**packed.to(device).model_inputs(args.attention)).logits
-        loss = dense_distillation_loss(logits, inputs["labels"], targets, **wanted)
+        loss = dense_distillation_loss(logits, inputs["labels"], targets, **settings)
         model.train()
         return loss
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from limbeck.config import SamplingConfig
+from limbeck.console import printable
 from limbeck.data.dataset import PackedRows
 from limbeck.data.tokenizer import LoadedTokenizer
 from limbeck.errors import CorruptError
@@ -185,5 +186,6 @@ async def first_model(session: Session) -> str | None:
     except (TypeError, KeyError):
         return session.model
     if session.model is not None and names and session.model not in names:
-        raise RefusedError(f"teacher.served_model is {session.model} and the endpoint serves {', '.join(names[:5])}.")
+        served = printable(", ".join(names[:5]))
+        raise RefusedError(f"teacher.served_model is {session.model} and the endpoint serves {served}.")
     return session.model or next(iter(names), None)

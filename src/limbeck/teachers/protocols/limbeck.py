@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from limbeck.data.dataset import PackedRows
+from limbeck.errors import CorruptError
 from limbeck.targets.sparse import SparseTargets, concatenate
-from limbeck.targets.wire import decode_targets, largest_reply
-from limbeck.teachers.http import Query, RefusedError, Reply, WrongAnswerError
+from limbeck.targets.wire import decode_targets, largest_reply, request_hash
+from limbeck.teachers.http import Query, RefusedError, Reply, WrongAnswerError, encode_body
 from limbeck.teachers.protocols.base import Ask, Facts, Session, WireProtocol
 
 
@@ -63,20 +64,19 @@ class LimbeckProtocol(WireProtocol):
                 "row_ids": rows.row_ids.tolist(),
             }  # fmt: skip
 
+        sent = request_hash(encode_body(body))
+
         def parse(reply: Reply) -> SparseTargets:
             found = decode_targets(reply.content)
+            if found.request != sent[:32]:  # something between mixed up two answers; asking again may mend it
+                raise CorruptError("it answers another request")
             if facts.fingerprint and found.fingerprint != facts.fingerprint[:32]:
                 raise WrongAnswerError(
                     f"the teacher changed: its answers came from model {facts.fingerprint[:12]} and now from "
                     f"{found.fingerprint[:12]}. One run needs one teacher: start the first one again and continue, or "
                     "start a new run (another output_dir)."
                 )
-            shape = tuple(found.targets.token_ids.shape[:2])
-            if shape != (count, length) or found.targets.temperatures != ask.temperatures:
-                raise WrongAnswerError(
-                    f"asked for {count} × {length} positions at temperatures {list(ask.temperatures)} and got "
-                    f"{shape[0]} × {shape[1]} at {list(found.targets.temperatures)}."
-                )
+            _require_asked(found.targets, (count, length), ask)
             return found.targets
 
         size = largest_reply(count * length, ask.support, ask.vocab_size, len(ask.temperatures))
@@ -94,6 +94,20 @@ class LimbeckProtocol(WireProtocol):
                 f"{', '.join(facts.attention)} alone. Set dataset.attention to that, or serve a model with ordinary "
                 "attention."
             )
+
+
+def _require_asked(targets: SparseTargets, shape: tuple[int, int], ask: Ask) -> None:
+    """Refuse an answer to something else than was asked, naming the first difference."""
+    for what, wanted, got in (
+        ("positions", shape, tuple(targets.token_ids.shape[:2])),
+        ("temperatures", ask.temperatures, targets.temperatures),
+        ("ids a position", ask.support, targets.top_k),
+        ("ids of the vocabulary", ask.vocab_size, targets.vocab_size),
+        ("temperature of the draws", ask.sampling_temperature, targets.sampling_temperature),
+        ("weights of draws", ask.sampling is not None, targets.weights is not None),
+    ):
+        if wanted != got:
+            raise WrongAnswerError(f"the teacher was asked for {what}: {wanted}, and answered with {got}.")
 
 
 def _parts(rows: PackedRows, ask: Ask, facts: Facts) -> list[PackedRows]:

@@ -1,7 +1,6 @@
 """The HTTP side: requests checked against the model's limits, queued, and answered in each protocol's form."""
 
 import asyncio
-import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -17,18 +16,14 @@ from limbeck.config.recipe import TeacherServerConfig
 from limbeck.data.dataset import PackedRows
 from limbeck.errors import LimbeckError
 from limbeck.targets.sparse import SparseTargets
-from limbeck.targets.wire import MEDIA_TYPE, VERSION, encode_targets, largest_reply
+from limbeck.targets.wire import MEDIA_TYPE, VERSION, encode_targets, largest_reply, request_hash
+from limbeck.teachers.compression import zstd
 from limbeck.teachers.server import engine as engines
 from limbeck.teachers.server import schema
-from limbeck.teachers.server.gate import Gate
+from limbeck.teachers.server.gate import HELD_HEADER, Gate
 from limbeck.teachers.server.load import Served
 from limbeck.teachers.server.metrics import CONTENT_TYPE, ServerMetrics
 from limbeck.teachers.server.topk import topk_answer
-
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
 
 _BYTES_A_LOGIT, _BYTES_AN_ENTRY = 14, 30  # of JSON, at most
 _CODERS = 4  # answers put into bytes at once: each holds a copy of its own
@@ -84,7 +79,8 @@ def create_app(served: Served, config: TeacherServerConfig, api_key: str | None,
     _add_targets(app, served, config, engine, coders)
     _add_others(app, served, config, engine, coders)
     max_body = int(config.max_body_mb * 1e6)
-    return Gate(app, api_key=api_key, max_body=max_body, observe=metrics.request)
+    max_replies = int(max(config.max_replies_mb, config.max_reply_mb) * 1e6)
+    return Gate(app, api_key=api_key, max_body=max_body, max_replies=max_replies, observe=metrics.request)
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -191,12 +187,13 @@ def _add_targets(
         full, packed = body.logprobs == "float32", "zstd" in request.headers.get("accept-encoding", "")
         lengths = [len(ids) for ids in body.input_ids]
         async with coders:
-            content = await asyncio.to_thread(_encoded, found, lengths, full, packed, served.fingerprint)
+            asked = request_hash(await request.body())
+            content = await asyncio.to_thread(_encoded, found, lengths, full, packed, served.fingerprint, asked)
         headers = {"vary": "accept-encoding", **({"content-encoding": "zstd"} if packed else {})}
         return Response(content, media_type=MEDIA_TYPE, headers=headers)
 
 
-def _encoded(found: SparseTargets, lengths: list[int], full: bool, packed: bool, fingerprint: str) -> bytes:
+def _encoded(found: SparseTargets, lengths: list[int], full: bool, packed: bool, fingerprint: str, asked: str) -> bytes:
     """The wire form; places that fill up shorter sequences have no support."""
     ids = found.token_ids
     if min(lengths) < ids.shape[1]:
@@ -204,7 +201,7 @@ def _encoded(found: SparseTargets, lengths: list[int], full: bool, packed: bool,
         tensors = {**found.tensors(), "token_ids": ids.masked_fill(beyond.unsqueeze(-1), -1)}
         tensors["logprobs"] = found.logprobs.masked_fill(beyond.unsqueeze(-1), -torch.inf)
         found = found.with_tensors(tensors)
-    data = encode_targets(found, full=full, fingerprint=fingerprint)
+    data = encode_targets(found, full=full, fingerprint=fingerprint, request=asked)
     return zstd.compress(data, 1) if packed else data
 
 
@@ -236,7 +233,8 @@ def _add_others(
         wanted = engines.Request(attention=_attention(None, served), logits=True, alone=True)
         logits: torch.Tensor = await _wait(engine.submit(rows, wanted), request)
         lengths = [len(ids) for ids in body.input_ids]
-        return StreamingResponse(_logits_json(logits, lengths), media_type="application/json")
+        held = {HELD_HEADER: str(logits.numel() * logits.element_size())}
+        return StreamingResponse(_logits_json(logits, lengths), media_type="application/json", headers=held)
 
 
 def _refuse_large(rows: PackedRows, bytes_a_position: int, config: TeacherServerConfig, what: str) -> None:
@@ -295,7 +293,7 @@ def _rows(
             raise RefusedRequest("documents must give, for each sequence, lengths that sum to its own")
         docs = [[number for number, length in enumerate(row) for _ in range(length)] for row in documents]
     return PackedRows(
-        torch.tensor(row_ids if row_ids is not None else list(range(len(sequences)))),
+        torch.tensor(row_ids if row_ids is not None else [-1] * len(sequences)),
         torch.tensor([ids + [0] * (longest - len(ids)) for ids in sequences]),
         torch.tensor([row + [-1] * (longest - len(row)) for row in docs]),
     )

@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from limbeck.console import say, warn
+from limbeck.console import printable, say, warn
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -20,6 +20,10 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
 _ALL_BODIES = 256 << 20  # bytes of bodies in memory
+_PART = 256 << 10  # bytes of a reply that are handed over at once, so that a stalled reader holds no more
+#: What an answer that is made as it is sent holds in memory; for this layer, never for the caller.
+HELD_HEADER = "limbeck-held-bytes"
+_LOGGED = 200  # characters of a caller's own words in the log
 _RETRY = [(b"retry-after", b"1")]
 
 
@@ -42,7 +46,8 @@ class Gate:
         app: what is behind it.
         api_key: wanted as `Authorization: Bearer KEY`; None lets everybody in. `/health` is open.
         max_body: bytes of a request's body.
-        max_active: requests inside at once; more are sent away with 503 and Retry-After.
+        max_replies: bytes of replies on their way at once; more are sent away with 503 and Retry-After.
+        max_active: requests inside at once; more are sent away likewise.
         body_seconds: a body must have arrived by then.
         observe: called with path, status and seconds of each request.
     """
@@ -53,6 +58,7 @@ class Gate:
         *,
         api_key: str | None,
         max_body: int,
+        max_replies: int = 1 << 30,
         max_active: int = 256,
         body_seconds: float = 60.0,
         observe: Callable[[str, int, float], None] = lambda *_: None,
@@ -60,7 +66,8 @@ class Gate:
         self._app, self._observe = app, observe
         self._key = api_key.encode() if api_key else None
         self._max_body, self._max_active, self._body_seconds = max_body, max_active, body_seconds
-        self._active = self._held = 0
+        self._max_replies = max_replies
+        self._active = self._held = self._sending = 0
         self._logged = 0.0
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -68,13 +75,26 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started, status = time.perf_counter(), 0
+        started, status, reply, refused = time.perf_counter(), 0, 0, False
 
         async def watched(message: Message) -> None:
-            nonlocal status
+            nonlocal status, reply, refused
+            if refused:  # what the application goes on to say is dropped
+                return
             if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
+                status, size = message["status"], _reply_size(message)
+                if self._sending + size > self._max_replies:
+                    status, refused = 503, True
+                    await _answer(send, 503, "too many replies are being read; try again", "busy", _RETRY)
+                    return
+                reply += size
+                self._sending += size
+                await send(message)
+                return
+            body, more = message.get("body", b""), message.get("more_body", False)
+            for place in range(0, max(len(body), 1), _PART):
+                last = place + _PART >= len(body)
+                await send({**message, "body": body[place : place + _PART], "more_body": more or not last})
 
         self._active += 1
         try:
@@ -89,11 +109,13 @@ class Gate:
             if status == 0:
                 await _answer(watched, 503, "the server is stopping", "stopping", _RETRY)
         except Exception as error:  # its trace is for the log, never for the caller
-            warn(f"{scope['method']} {scope['path']} failed: {type(error).__name__}: {error}")
+            what = printable(f"{scope['method']} {scope['path']}", _LOGGED)
+            warn(f"{what} failed: {type(error).__name__}: {printable(str(error), _LOGGED)}")
             if status == 0:
                 await _answer(watched, 500, "the server failed; its log says why", "internal")
         finally:
             self._active -= 1
+            self._sending -= reply
             if status >= 400:
                 self._log(scope, status)
             self._observe(scope["path"], status, time.perf_counter() - started)
@@ -103,10 +125,15 @@ class Gate:
         if time.monotonic() - self._logged > 0.2:
             self._logged = time.monotonic()
             host = (scope.get("client") or ("?",))[0]
-            say(f"{host} {scope['method']} {scope['path']}: status {status}")
+            say(printable(f"{host} {scope['method']} {scope['path']}", _LOGGED) + f": status {status}")
 
     async def _enter(self, scope: Message, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
+        if b"content-length" in headers and b"transfer-encoding" in headers:
+            # Two lengths of one body: whoever stands between may have read another request here than we would.
+            await _answer(send, 400, "Content-Length and Transfer-Encoding exclude each other", "invalid_request",
+                          [(b"connection", b"close")])  # fmt: skip
+            return
         if self._key is not None and scope["path"] != "/health":
             given = headers.get(b"authorization", b"")
             if not hmac.compare_digest(given, b"Bearer " + self._key):
@@ -147,6 +174,14 @@ class Gate:
                 raise _TooLargeError
             if self._held > max(_ALL_BODIES, self._max_body):
                 raise _FullError
+
+
+def _reply_size(message: Message) -> int:
+    """Bytes that an answer holds until it is read; the header that told so is taken out."""
+    headers = dict(message["headers"])
+    told = headers.pop(HELD_HEADER.encode(), headers.get(b"content-length", b"0"))
+    message["headers"] = [(name, value) for name, value in message["headers"] if name != HELD_HEADER.encode()]
+    return int(told)
 
 
 async def _next(held: list[Message], receive: Receive) -> Message:

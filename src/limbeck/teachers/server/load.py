@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -12,7 +13,7 @@ from limbeck.config import Recipe
 from limbeck.console import say
 from limbeck.data.tokenizer import load_tokenizer
 from limbeck.errors import ConfigError, LimbeckError
-from limbeck.models import choose_dtype, keeps_documents_apart, load_causal_lm, model_identity
+from limbeck.models import choose_dtype, load_causal_lm, model_identity
 from limbeck.optim.groups import hidden_matrices
 from limbeck.storage import fingerprint, sha256_file_cached
 from limbeck.students.quantizer import to_float8
@@ -64,15 +65,20 @@ def load_served(recipe: Recipe) -> Served:
         hold_as_float8(model)
         identity["quantization"] = "fp8"
         say(f"weights as float8: {before / 1e9:.2f} GB -> {_bytes(model) / 1e9:.2f} GB")
-    teacher = LocalTeacher(model, max_batch_tokens=section.max_batch_tokens, device=device)
-    apart = keeps_documents_apart(model)
+    teacher = LocalTeacher(
+        model,
+        attention="packed",
+        max_batch_tokens=section.max_batch_tokens,
+        device=device,
+        vocab_size=tokenizer.vocab_size,
+    )
     length = getattr(model.config.get_text_config(), "max_position_embeddings", None) or server.max_tokens
     return Served(
         teacher=teacher,
         name=Path(section.model).name,
         fingerprint=fingerprint(identity),
         tokenizer=tokenizer.hash,
-        attention=("per_document", "packed") if apart else ("packed",),
+        attention=("per_document", "packed") if teacher.keeps_documents_apart else ("packed",),
         max_length=min(int(length), server.max_tokens),
     )
 
@@ -85,16 +91,27 @@ def merge_adapter(model: Any, folder: Path) -> Any:
         LimbeckError: the folder is no adapter in safetensors, or does not fit the model.
     """
     try:
-        from peft import PeftModel
+        from peft import PeftModel, get_peft_model_state_dict
     except ImportError:
         raise ConfigError("an adapter needs peft: `pip install 'limbeck[serve]'`.") from None
     missing = [name for name in ("adapter_config.json", "adapter_model.safetensors") if not (folder / name).is_file()]
     if missing:
         raise LimbeckError(f"{folder} is no adapter in safetensors: {', '.join(missing)} is missing.")
+    misfit = f"the adapter {folder} does not fit {type(model).__name__}"
     try:
-        return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+        adapted = PeftModel.from_pretrained(model, str(folder))
     except (ValueError, RuntimeError, KeyError) as error:
-        raise LimbeckError(f"the adapter {folder} does not fit {type(model).__name__}: {error}") from error
+        raise LimbeckError(f"{misfit}: {error}") from error
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as tensors:
+        stored = set(tensors.keys())
+    wanted = set(get_peft_model_state_dict(adapted))
+    if stored != wanted:  # peft leaves what is missing at its initialisation, and drops what it does not know
+        first = sorted(stored ^ wanted)[0]
+        raise LimbeckError(
+            f"{misfit}: {len(wanted - stored)} of its tensors are missing and {len(stored - wanted)} are not of this "
+            f"model (the first: {first})."
+        )
+    return adapted.merge_and_unload()
 
 
 def _adapter_identity(folder: Path) -> list[str]:

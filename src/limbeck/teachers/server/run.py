@@ -5,6 +5,7 @@ import socket
 from typing import Any
 
 from limbeck.config import Recipe
+from limbeck.config.recipe import TeacherServerConfig
 from limbeck.console import say, warn
 from limbeck.errors import ConfigError, LimbeckError
 from limbeck.teachers.identity import environment_key
@@ -35,10 +36,7 @@ def serve(recipe: Recipe) -> dict[str, Any]:
     url = f"http://{config.host}:{bound.getsockname()[1]}"
     served = load_served(recipe)
     app = create_app(served, config, api_key, max_batch_tokens=recipe.teacher.max_batch_tokens)
-    settings = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=30,
-        timeout_keep_alive=75, h11_max_incomplete_event_size=65536, lifespan="on",
-    )  # fmt: skip
+    settings = uvicorn_settings(app, config)
     facts = f"fingerprint {served.fingerprint[:12]}, vocabulary {served.teacher.vocab_size}"
 
     class Server(uvicorn.Server):
@@ -53,6 +51,30 @@ def serve(recipe: Recipe) -> dict[str, Any]:
     server.run(sockets=[bound])
     say("stopped; nothing is left running")
     return {"url": url, "model": served.name, "fingerprint": served.fingerprint}
+
+
+def uvicorn_settings(app: Any, config: TeacherServerConfig, **clocks: float) -> Any:
+    """How uvicorn runs the application: bounded connections, and warnings that cannot fill a disk.
+
+    Args:
+        app: the ASGI application.
+        config: bounds.
+        clocks: of `connection_class`.
+    """
+    import logging
+
+    import uvicorn
+
+    from limbeck.teachers.server.connection import OncePerSecond, connection_class
+
+    settings = uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=30,
+        timeout_keep_alive=75, h11_max_incomplete_event_size=65536, lifespan="on",
+        http=connection_class(config.max_connections, **clocks),
+    )  # fmt: skip
+    for name in ("uvicorn.error", "asyncio"):
+        logging.getLogger(name).addFilter(OncePerSecond())
+    return settings
 
 
 def _bind(host: str, port: int) -> socket.socket:

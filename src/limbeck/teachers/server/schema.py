@@ -29,7 +29,7 @@ class TargetsRequest(_Body):
     row_ids: Annotated[
         Annotated[list[Annotated[int, Field(ge=-1, lt=1 << 31, strict=True)]], Field(max_length=4096, fail_fast=True)]
         | None,
-        Field(description="Numbers of the rows; the same seed and number always give the same draws."),
+        Field(description="Numbers of the rows: the same seed and number give the same draws; -1: by content."),
     ] = None
     documents: Annotated[
         Annotated[

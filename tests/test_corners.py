@@ -1,0 +1,255 @@
+"""Corners that deliberate errors got past: each test holds lines that no other one did."""
+
+import json
+import math
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import TOKENIZER, save_model, tiny_model
+from limbeck import DistillationTrainer, LocalTeacher, TeacherCache
+from limbeck.config import Recipe, TernaryConfig
+from limbeck.data.tokenizer import load_tokenizer, train_tokenizer
+from limbeck.evaluation.run import evaluate_recipe
+from limbeck.export.gguf import GGUFExport
+from limbeck.export.verify import compare_with_llama_cpp
+from limbeck.models import load_causal_lm
+from limbeck.students.build import make_ternary
+from limbeck.teachers.build_cache import build_cache
+from limbeck.training.guard import StepGuard
+from limbeck.training.stages import train
+from test_optim import EXPERTS
+from test_trainer import arguments, with_changes
+
+# -- data -----------------------------------------------------------------------------------------------
+
+
+def test_a_trained_tokenizer_splits_as_gpt2_does_and_gives_any_text_back(corpus, tmp_path):
+    recipe = Recipe.model_validate({"dataset": {"name": str(corpus)}, "tokenizer": {"train_vocab_size": 400}})
+    trained = train_tokenizer(recipe, tmp_path / "t")
+
+    vocabulary = trained.hf.get_vocab()
+    assert len(vocabulary) == trained.vocab_size <= 400
+    assert any(len(token) > 3 for token in vocabulary)
+    assert not any("Ġ" in token[1:] for token in vocabulary), "no token reaches across a space"
+    for text in ("def f(x): return x", "  naïve 東京\n\t🙂 ", "\x00\xff"):
+        ids = trained.hf(text)["input_ids"]
+        assert trained.hf.decode(ids) == text
+        assert b"".join(trained.token_bytes()[i] for i in ids) == text.encode()
+    for name in ("eos_token", "bos_token", "pad_token"):
+        assert getattr(trained.hf, name) == "<|endoftext|>"
+    assert load_tokenizer(str(tmp_path / "t")).hash == trained.hash
+
+
+def test_tokens_of_sentencepiece_vocabularies_stand_for_their_bytes(tmp_path):
+    from transformers import PreTrainedTokenizerFast
+
+    from test_pieces import llama_2
+
+    hf = PreTrainedTokenizerFast(tokenizer_object=llama_2(), bos_token="<s>", eos_token="<e>", unk_token="<unk>")
+    hf.save_pretrained(tmp_path / "t")
+    tokenizer = load_tokenizer(str(tmp_path / "t"))
+    found, vocabulary = tokenizer.token_bytes(), tokenizer.hf.get_vocab()
+    assert found[vocabulary["<0xE6>"]] == b"\xe6"
+    assert found[vocabulary["▁the"]] == b" the"
+    assert tokenizer.byte_lengths()[vocabulary["<s>"]] == 0
+    assert tokenizer.byte_lengths()[vocabulary["▁the"]] == 4
+
+
+# -- evaluation -----------------------------------------------------------------------------------------
+
+
+def test_the_table_has_a_teacher_where_it_is_at_hand(recipe, packed, teacher_folder, tmp_path, caplog):
+    student = save_model(tiny_model(seed=3), tmp_path / "s")
+    found = evaluate_recipe(recipe, {"student": str(student)})
+    assert list(found) == ["teacher", "student"]
+    assert found["teacher"]["kl_to_teacher"] == 0.0
+    assert found["student"]["kl_to_teacher"] > 0.0
+    remote = recipe.model_copy(
+        update={
+            "teacher": recipe.teacher.model_copy(update={"endpoint": ["http://127.0.0.1:1"]}),
+            "tokenizer": recipe.tokenizer.model_copy(update={"name": TOKENIZER}),
+        }
+    )
+    caplog.set_level("INFO", "limbeck")
+    found = evaluate_recipe(remote, {"student": str(student)})
+    assert list(found) == ["student"]
+    assert found["student"]["kl_to_teacher"] is None
+    assert "no KL to the teacher in the table: it is remote" in caplog.text
+
+
+# -- export ---------------------------------------------------------------------------------------------
+
+
+class FakeLlama:
+    """What `llama_cpp.Llama` gives, from a transformers model whose logits are bent a little."""
+
+    model, made = None, []
+
+    def __init__(self, path, n_ctx, n_batch, logits_all, verbose):
+        assert logits_all
+        FakeLlama.made.append((n_ctx, n_batch))
+
+    def reset(self):
+        self.scores = None
+
+    def eval(self, ids):
+        with torch.no_grad():
+            logits = self.model(input_ids=torch.tensor([ids])).logits[0] * 1.3
+        self.scores = np.concatenate([logits.numpy(), np.full((5, logits.shape[1]), np.nan, np.float32)])
+
+    def close(self):
+        self.scores = None
+
+
+def test_the_comparison_with_llama_cpp_is_what_it_says(tmp_path, monkeypatch):
+    folder = save_model(tiny_model(seed=2, hidden_size=32), tmp_path / "m")
+    model = load_causal_lm(str(folder), dtype="float32").eval()
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(20.0)
+    model.save_pretrained(folder)
+    FakeLlama.model = model
+    monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=FakeLlama))
+    rows = torch.randint(0, 4096, (3, 9), generator=torch.Generator().manual_seed(0))
+    found = compare_with_llama_cpp(GGUFExport(folder), tmp_path / "x.gguf", rows)
+    with torch.no_grad():
+        logits = model(input_ids=rows).logits.double()
+    p, q = logits.log_softmax(-1), (logits * 1.3).log_softmax(-1)
+    assert FakeLlama.made[-1] == (9, 9)
+    assert found["tokens"] == 27
+    assert found["kl_mean"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
+    assert found["top1_agreement"] == 1.0
+    for name, x in (("torch", p), ("llama_cpp", q)):
+        losses = [-float(x[row, t, rows[row, t + 1]]) for row in range(3) for t in range(8)]
+        assert found[f"perplexity_{name}"] == pytest.approx(math.exp(sum(losses) / 24), rel=1e-3)
+
+
+def test_a_file_says_whether_texts_begin_and_end_with_special_tokens(tmp_path):
+    import gguf
+    from tokenizers import processors
+
+    folder = save_model(tiny_model(), tmp_path / "m")
+    path = folder / "tokenizer.json"
+    plain = path.read_text()
+    from tokenizers import Tokenizer
+
+    for template, begins, ends in (("$A", False, False), ("<|endoftext|> $A", True, False),
+                                   ("<|endoftext|> $A <|endoftext|>", True, True)):  # fmt: skip
+        tokenizer = Tokenizer.from_str(plain)
+        special = [("<|endoftext|>", tokenizer.token_to_id("<|endoftext|>"))]
+        tokenizer.post_processor = processors.TemplateProcessing(template, special_tokens=special)
+        path.write_text(tokenizer.to_str())
+        GGUFExport(folder).write(tmp_path / "m.gguf")
+        fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
+        told = {name: bool(fields[f"tokenizer.ggml.{name}"].contents()) for name in ("add_bos_token", "add_eos_token")}
+        assert told == {"add_bos_token": begins, "add_eos_token": ends}
+        assert fields["tokenizer.ggml.pre"].contents() == "gpt-2"
+
+
+# -- students -------------------------------------------------------------------------------------------
+
+
+def test_shadow_students_train_and_are_saved_and_packed_ones_say_they_do_not(tmp_path):
+    from limbeck.export.packed import export_packed
+    from limbeck.export.source import Source
+
+    model = tiny_model(**EXPERTS)
+    make_ternary(model, TernaryConfig(group_size=8))
+    source = Source.open(save_model(model, tmp_path / "final"))
+    assert source.model.hf_quantizer.is_trainable
+    assert source.model.hf_quantizer.is_qat_trainable
+    assert source.model.hf_quantizer.is_serializable()
+    assert not source.model.hf_quantizer.requires_calibration
+    export_packed(source, tmp_path / "packed", "f32")
+    packed = load_causal_lm(str(tmp_path / "packed"), dtype="float32")
+    assert not packed.hf_quantizer.is_trainable
+    assert not packed.hf_quantizer.is_qat_trainable
+    packed.save_pretrained(tmp_path / "again")
+    again = load_causal_lm(str(tmp_path / "again"), dtype="float32")
+    ids = torch.arange(9).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, packed(input_ids=ids).logits)
+
+
+# -- targets --------------------------------------------------------------------------------------------
+
+
+def test_a_caches_targets_come_with_the_data(recipe, packed, tmp_path):
+    """Workers of the loader read them, in any order; their items go through a pickle."""
+    import pickle
+
+    build_cache(recipe, recipe.cache_dir)
+    cache = TeacherCache(recipe.cache_dir)
+    assert cache.in_workers
+    trainer = DistillationTrainer(tiny_model(), arguments(tmp_path), teacher=cache, train_dataset=packed)
+    batch = trainer.data_collator([packed[3], packed[1]])
+    expected = cache.read([3, 1]).tensors()
+    assert all(torch.equal(batch["targets"][name], expected[name]) for name in expected)
+    copied = pickle.loads(pickle.dumps(cache))
+    assert torch.equal(copied.read([2]).token_ids, cache.read([2]).token_ids)
+    with pytest.raises(IndexError, match=r"row 999 of \d+"):
+        cache.read([999])
+    assert not LocalTeacher(tiny_model(), top_k=4).in_workers
+
+
+# -- checkpoints ----------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_remembers_flops_best_and_settings(packed, tmp_path):
+    trainer = DistillationTrainer(
+        tiny_model(), arguments(tmp_path, max_steps=3, save_strategy="steps", save_steps=1, eval_strategy="steps",
+                                eval_steps=1, metric_for_best_model="eval_loss", greater_is_better=False,
+                                include_num_input_tokens_seen="all"),
+        train_dataset=packed, eval_dataset=packed,
+    )  # fmt: skip
+    trainer.settings_id = "mine"
+    trainer.train()
+    state = json.loads((tmp_path / "step_3" / "trainer_state.json").read_text())
+    assert state["total_flos"] > 0
+    assert state["best_model_checkpoint"] == str(tmp_path / f"step_{state['best_global_step']}")
+    progress = json.loads((tmp_path / "step_3" / "progress.json").read_text())
+    assert (progress["settings"], progress["settings_began"], progress["step"]) == ("mine", 0, 3)
+    assert progress["groups"] == [str(group["name"]) for group in trainer.optimizer.param_groups]
+    again = DistillationTrainer(
+        tiny_model(seed=4), arguments(tmp_path / "other", max_steps=4), train_dataset=packed, eval_dataset=packed
+    )
+    again.settings_id = "another"
+    again.train(resume_from_checkpoint=str(tmp_path / "step_2"))
+    assert again.settings_began == 2
+    assert again.state.best_global_step is None, "the best of another folder is not this run's"
+
+
+def test_the_guard_looks_at_the_last_twenty_steps(tmp_path):
+    guard, args = StepGuard(), SimpleNamespace(learning_rate=0.1, warmup_steps=3, fp16=False, max_grad_norm=1.0)
+    model = torch.nn.Linear(2, 2)
+    for step in range(1, 41):
+        guard.saw(torch.tensor([step]), torch.tensor(1.0), None)
+        guard.check(step, 1000.0 if step == 1 else 1.0, model, args, False)
+    causes = guard._causes(41, model, args, True)
+    assert not any("gradient norm went from" in cause for cause in causes), "the first step is long ago"
+    guard.check(41, 50.0, model, args, False)
+    assert any("went from 1 to 50 in the last 20 steps" in cause for cause in guard._causes(42, model, args, True))
+
+
+def test_a_run_without_optimizer_state_estimates_its_size_by_its_weights(packed, tmp_path):
+    trainer = DistillationTrainer(tiny_model(), arguments(tmp_path), train_dataset=packed)
+    tensors = [*trainer.model.parameters(), *trainer.model.buffers()]
+    assert trainer._estimated_size() == sum(t.numel() * t.element_size() for t in tensors)
+    trainer.train()
+    moments = [v for s in trainer.optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+    assert trainer._estimated_size() == sum(t.numel() * t.element_size() for t in [*tensors, *moments])
+
+
+def test_what_a_kill_left_of_a_checkpoint_is_removed_and_whole_ones_stay(recipe_tree, packed, tmp_path):
+    recipe = with_changes(recipe_tree, training={**recipe_tree["training"], "mode": "ce", "save_steps": 2})
+    train(recipe, tmp_path / "s")
+    folder = tmp_path / "s"
+    (folder / "manifest.json").unlink()
+    (folder / "step_9").mkdir()
+    (folder / ".step_7.tmp").mkdir()
+    (folder / "step_notes.txt").write_text("mine")
+    train(recipe, folder)
+    assert sorted(path.name for path in folder.glob("*step_*")) == ["step_2", "step_4", "step_notes.txt"]
