@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import http.client
 import json
 import logging
 import resource
@@ -88,10 +89,12 @@ def test_a_head_that_does_not_come_or_comes_by_drops_is_cut_off():
             time.sleep(0.1)
         assert closed(silent, 1.0)
         assert closed(slow, 1.0)
-        patient = socket.create_connection(address)
+        patient = http.client.HTTPConnection(*address)
         for _ in range(3):  # a connection that asks again is no idle one
-            patient.send(b"GET /5 HTTP/1.1\r\nhost: x\r\n\r\n")
-            assert patient.recv(1000).startswith(b"HTTP/1.1 200")
+            patient.request("GET", "/5")
+            kept = patient.sock
+            assert patient.getresponse().read() == bytes(5)
+            assert patient.sock is kept
             time.sleep(0.3)
 
 
@@ -209,10 +212,10 @@ def test_two_lengths_of_one_body_close_the_connection():
         assert got.count(b"HTTP/1.1") == 1
 
 
-def test_a_log_line_is_one_line(caplog):
+def test_a_log_line_is_one_line(caplog, monkeypatch):
     gate = Gate(echo, api_key="key", max_body=1000)
-    logging.getLogger("limbeck").propagate = True
-    with guarded(gate) as address, caplog.at_level(logging.INFO, logger="limbeck"):
+    monkeypatch.setattr(logging.getLogger("limbeck"), "propagate", True)
+    with caplog.at_level(logging.INFO, logger="limbeck"), guarded(gate) as address:
         path = "/a%0Aroot%20logged%20in%1b[31m" + "x" * 5000
         assert httpx2.get(f"http://{address[0]}:{address[1]}{path}").status_code == 401
     lines = [record.getMessage() for record in caplog.records if "status 401" in record.getMessage()]
