@@ -172,11 +172,9 @@ def record(table: dict[str, dict]) -> None:
                 found[key].append(number)
     used = sorted({number for numbers in found.values() for number in numbers})
     place = {number: index for index, number in enumerate(used)}
-    document = {
-        "tests": [[tests[number], round(table[tests[number]]["seconds"], 2)] for number in used],
-        "functions": {key: [place[number] for number in found[key]] for key in sorted(found)},
-    }
-    RECORDED.write_text(json.dumps(document, indent=0) + "\n")
+    rows = (json.dumps([tests[number], round(table[tests[number]]["seconds"], 2)]) for number in used)
+    ways = (f"{json.dumps(key)}: {[place[number] for number in found[key]]}" for key in sorted(found))
+    RECORDED.write_text('{"tests": [\n' + ",\n".join(rows) + '\n],\n"functions": {\n' + ",\n".join(ways) + "\n}}\n")
 
 
 def recorded() -> dict[str, dict]:

@@ -3,16 +3,23 @@
 import json
 import math
 import sys
+from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from conftest import TOKENIZER, save_model, tiny_model
 from limbeck import DistillationTrainer, LocalTeacher, TeacherCache
-from limbeck.config import Recipe, TernaryConfig
-from limbeck.data.tokenizer import load_tokenizer, train_tokenizer
+from limbeck.config import DatasetConfig, Recipe, TernaryConfig
+from limbeck.data.sources import open_source
+from limbeck.data.tokenizer import _refuse_large_ids, load_tokenizer, train_tokenizer
+from limbeck.errors import LimbeckError
+from limbeck.evaluation.fidelity import table
 from limbeck.evaluation.run import evaluate_recipe
 from limbeck.export.gguf import GGUFExport
 from limbeck.export.verify import compare_with_llama_cpp
@@ -59,6 +66,25 @@ def test_tokens_of_sentencepiece_vocabularies_stand_for_their_bytes(tmp_path):
     assert tokenizer.byte_lengths()[vocabulary["▁the"]] == 4
 
 
+def test_the_largest_id_is_the_codecs(tmp_path):
+    for number, wrong in ((2**24 - 1, False), (2**24, True)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "b": number}}}))
+        with pytest.raises(LimbeckError, match="ids lie between 0 and 16777215") if wrong else nullcontext():
+            _refuse_large_ids("t", str(folder), None)
+
+
+def test_a_dataset_of_the_hub_is_named_by_the_revision_asked_for(monkeypatch):
+    class Hub:
+        def dataset_info(self, name, revision=None):
+            return SimpleNamespace(sha=f"{name} at {revision}")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    settings = DatasetConfig(name="someone/texts", revision="abc")
+    assert open_source(settings).identity()["content"] == "someone/texts at abc"
+
+
 # -- evaluation -----------------------------------------------------------------------------------------
 
 
@@ -79,6 +105,15 @@ def test_the_table_has_a_teacher_where_it_is_at_hand(recipe, packed, teacher_fol
     assert list(found) == ["student"]
     assert found["student"]["kl_to_teacher"] is None
     assert "no KL to the teacher in the table: it is remote" in caplog.text
+
+
+def test_the_table_shows_what_there_is_and_a_dash_for_the_rest():
+    scores = {"loss": 1.5, "perplexity": 1234.5, "bits_per_byte": None, "top1_agreement": 0.5}
+    head, row = table({"my_student": scores})
+    assert dict(zip(head, row, strict=True)) == {
+        "model": "my student", "loss": "1.5000", "perplexity": "1234.50", "bits/byte": "–", "KL to teacher": "–",
+        "top-1 agreement": "50.0%", "tokens/s": "–",
+    }  # fmt: skip
 
 
 # -- export ---------------------------------------------------------------------------------------------
@@ -172,6 +207,21 @@ def test_shadow_students_train_and_are_saved_and_packed_ones_say_they_do_not(tmp
     ids = torch.arange(9).unsqueeze(0)
     with torch.no_grad():
         assert torch.equal(again(input_ids=ids).logits, packed(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(("width", "grouped"), [(16, True), (12, False)])
+def test_grouped_products_are_used_for_the_widths_they_take(monkeypatch, width, grouped):
+    import limbeck.students.ternary as module
+
+    used = []
+    for name, products in {name: ALL_EXPERTS_FUNCTIONS[name] for name in ("grouped_mm", "batched_mm")}.items():
+        spied = partial(lambda name, products, *given: used.append(name) or products(*given), name, products)
+        monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._global_mapping, name, spied)
+    assert module.ALL_EXPERTS_FUNCTIONS is ALL_EXPERTS_FUNCTIONS
+    model = tiny_model(**{**EXPERTS, "moe_intermediate_size": width})
+    make_ternary(model, TernaryConfig(group_size="row"))
+    model(torch.arange(6)[None])
+    assert set(used) == {"grouped_mm" if grouped else "batched_mm"}
 
 
 # -- targets --------------------------------------------------------------------------------------------

@@ -48,9 +48,10 @@ def test_several_processes_give_the_same_bytes(tokenizer, tmp_path):
     big = write_corpus(tmp_path / "big", documents=60, seed=5)
     for path in big.iterdir():
         path.write_text(path.read_text() * 300)
-    for processes in (1, 2):
+    for processes in (1, 2, None):
         pack(config(big, num_proc=processes), tokenizer, tmp_path / f"p{processes}")
     assert digest(tmp_path / "p1", "*.parquet") == digest(tmp_path / "p2", "*.parquet")
+    assert digest(tmp_path / "p1", "*.parquet") == digest(tmp_path / "pNone", "*.parquet")
     assert len(digest(tmp_path / "p1", "*.parquet")) >= 2
 
 

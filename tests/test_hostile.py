@@ -104,10 +104,8 @@ def test_connections_beyond_the_bound_are_closed_and_health_answers():
         time.sleep(0.3)
         shut = sum(closed(connection, 0.05) for connection in held)
         assert shut >= 40
-        for connection in held[:5]:
-            connection.close()
-        time.sleep(0.2)
-        assert httpx2.get(f"http://{address[0]}:{address[1]}/health").status_code == 200
+        for _ in range(3):
+            assert httpx2.get(f"http://{address[0]}:{address[1]}/health").status_code == 200
 
 
 BESIEGED = """
@@ -131,15 +129,10 @@ def test_few_files_are_enough_to_stay_healthy(teacher_folder, tmp_path):
             time.sleep(0.1)
         port = int(log.read_text().split(":")[-1].split()[0])
         held = [socket.create_connection(("127.0.0.1", port)) for _ in range(300)]
-        assert sum(closed(connection, 0.02) for connection in held) >= 100
-        held[0].close()
-        time.sleep(0.3)
-        answers = 0
         for _ in range(20):
-            with contextlib.suppress(httpx2.TransportError):
-                answers += httpx2.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200
-            held.pop().close()
-        assert answers > 0
+            assert httpx2.get(f"http://127.0.0.1:{port}/health", timeout=30).status_code == 200
+        while sum(closed(connection, 0.01) for connection in held) < 100:
+            assert time.monotonic() < deadline
         assert log.stat().st_size < 20_000
     finally:
         server.terminate()

@@ -13,6 +13,7 @@ import torch
 
 from limbeck import SparseTargets, fused_distillation_loss
 from limbeck.errors import ConfigError, MismatchError
+from limbeck.losses import fused
 from limbeck.losses.dense import dense_distillation_loss
 from limbeck.losses.router import Routing, router_losses
 from limbeck.targets.sampling import sample_targets
@@ -134,6 +135,23 @@ def test_value_and_gradients_are_the_definitions(problem, name, tail, tau, k):
     close(found.divergence_sum, wanted["divergence"])
     assert int(found.num_valid) == 5
     theirs = torch.autograd.grad(wanted["loss"] / 13.0, inputs)
+    for mine, their in zip(torch.autograd.grad(found.loss, inputs), theirs, strict=True):
+        close(mine, their)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_blocks_of_a_chunk_are_the_chunk(problem, monkeypatch, rows):
+    """Labels and targets follow their positions where one product is worked on in several blocks."""
+    monkeypatch.setitem(fused._BLOCK_BYTES, "cpu", 4 * V * rows)
+    inputs, teacher = problem
+    targets = SparseTargets.from_logits(teacher, 4, TAUS)
+    found = fused_distillation_loss(
+        *inputs[:2], LABELS, targets, bias=inputs[2], temperature=2.0, logit_scale=SCALE, logit_softcap=CAP,
+        chunk_size=5, **OPTIONS,
+    )  # fmt: skip
+    wanted = oracle(capped(*inputs), LABELS, teacher, likeliest(teacher, [4] * N), tau=2.0, name="forward_kl")
+    close(found.loss, wanted["loss"] / 5)
+    theirs = torch.autograd.grad(wanted["loss"] / 5, inputs)
     for mine, their in zip(torch.autograd.grad(found.loss, inputs), theirs, strict=True):
         close(mine, their)
 

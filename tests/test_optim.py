@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from conftest import tiny_model
 from limbeck.config import OptimizerConfig
 from limbeck.errors import ConfigError
-from limbeck.optim.groups import build_groups, check_groups, describe_groups, hidden_matrices
+from limbeck.optim.groups import _is_transposed, build_groups, check_groups, describe_groups, hidden_matrices
 from limbeck.optim.hybrid import HybridOptimizer
 from limbeck.optim.muon import MatrixLayout, orthogonalise
 from limbeck.optim.schedules import Ramp, build_schedule, schedule_arguments
@@ -265,6 +265,8 @@ def test_ramps():
 
 # -- two ranks ------------------------------------------------------------------------------------------------
 
+# Three heads over two ranks: the second lies on both.
+ACROSS = {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 16}
 SHARDED = """
 import sys, torch
 import torch.distributed as dist
@@ -272,14 +274,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 sys.path.insert(0, sys.argv[1])
-from test_optim import EXPERTS, five_steps, new_optimizer
+from test_optim import ACROSS, EXPERTS, five_steps, new_optimizer
 from conftest import tiny_model
 import limbeck.optim.muon as muon
 muon.bfloat16_is_fast = lambda device: False
 dist.init_process_group("gloo")
 mesh = init_device_mesh("cpu", (2,))
 torch.set_num_threads(1)
-model = tiny_model(**EXPERTS, seed=3, num_attention_heads=4).train()
+model = tiny_model(seed=3, **{**EXPERTS, **ACROSS}).train()
 def shard(model):
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
@@ -344,7 +346,7 @@ def test_fully_sharded_over_two_ranks_is_one_process(tmp_path, monkeypatch):
         capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    model = tiny_model(**EXPERTS, seed=3, num_attention_heads=4).train()
+    model = tiny_model(seed=3, **{**EXPERTS, **ACROSS}).train()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     five_steps(model)
     full = torch.load(out, weights_only=True)
@@ -372,6 +374,7 @@ FUSED = {
         {"mlp.input_linear.weight": 64, "mlp.output_linear.weight": 0},
     ),
     "deepseek_v2": (LATENT, {"self_attn.q_proj.weight": 24, "self_attn.kv_b_proj.weight": 0}),
+    "deepseek_v3": ({**LATENT, "num_attention_heads": 1, "num_key_value_heads": 1}, {"self_attn.q_proj.weight": 0}),
 }  # fmt: skip
 
 
@@ -413,3 +416,28 @@ def test_a_warm_up_begins_at_nothing_wherever_the_decay_ends(kind):
     assert found[:5] == pytest.approx([0.0, 0.25, 0.5, 0.75, 1.0])
     assert found[20] == pytest.approx(0.2, abs=1e-6)
     assert min(found[4:]) >= 0.2 - 1e-6
+
+
+def test_a_step_gives_back_what_its_closure_found():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = HybridOptimizer([{"name": "rest", "algorithm": "adamw", "params": [parameter], "lr": 0.1}])
+
+    def closure():
+        optimizer.zero_grad()
+        loss = parameter.square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 3.0
+    assert bool((parameter < 1.0).all()), "the closure's gradients were used"
+    assert optimizer.step() is None
+
+
+def test_square_experts_are_outputs_by_inputs():
+    """Of a square matrix the shape cannot tell which way it lies; torch's own way is the rule."""
+    module = torch.nn.Module()
+    square, wide = (torch.nn.Parameter(torch.zeros(2, 8, columns)) for columns in (8, 12))
+    assert not _is_transposed(module, "down_proj", square, 8)
+    assert not _is_transposed(module, "down_proj", wide, None)
+    assert not _is_transposed(module, "down_proj", wide, 8)
+    assert _is_transposed(module, "gate_up_proj", wide, 8)

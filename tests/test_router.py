@@ -11,7 +11,7 @@ from limbeck import DistillationTrainer, LocalTeacher, SparseTargets, fused_dist
 from limbeck.data.dataset import PackedRows
 from limbeck.errors import ConfigError
 from limbeck.losses.dense import dense_distillation_loss
-from limbeck.losses.router import RouterTap, Routing, router_losses
+from limbeck.losses.router import RouterTap, Routing, _scores_by_sigmoid, router_losses
 from limbeck.training.head import LossRequest, attach_fused_loss
 from test_optim import EXPERTS
 from test_trainer import arguments, largest_difference, weights
@@ -92,6 +92,35 @@ def test_routers_that_tell_no_choice_are_refused_unless_their_losses_are_off():
     with pytest.raises(ConfigError, match=r"loss.load_balance is 0.01 .* DogeCDMoE routes by .* Set both to 0"):
         model(**rows.model_inputs("packed"), loss_request=request)
     assert model(**rows.model_inputs("packed"), loss_request=replace(request, router=(0.0, 0.0, "z"))).router is None
+
+
+@pytest.mark.parametrize(("k", "scale", "normalised"), [(2, 2.5, True), (2, 1.0, False), (1, 1.0, False)])
+@pytest.mark.parametrize("whole", [False, True])
+def test_how_a_router_scores_is_seen_from_its_weights_however_it_scales_them(k, scale, normalised, whole):
+    logits = torch.tensor([[4.0, 2.0, 0.0, -1.0], [0.5, 3.0, 1.5, 0.0]])
+    for scores in (logits.sigmoid(), logits.softmax(dim=-1)):
+        taken, chosen = scores.topk(k, dim=-1)
+        weights = scale * (taken / taken.sum(dim=-1, keepdim=True) if normalised else taken)
+        if whole:  # some give a weight to every expert, 0 to those not chosen
+            weights = torch.zeros_like(logits).scatter(1, chosen, weights)
+        assert _scores_by_sigmoid(logits, chosen, (logits, weights, chosen)) == (scores[0, 0] > 0.9)
+
+
+def test_routers_by_logits_are_known_by_name():
+    """These choose the largest logits and do not pass on which; one of another name is not guessed at."""
+    sizes = {"num_local_experts": 4, "kv_channels": 16, "num_key_value_heads": 2, "num_attention_heads": 4}
+    for kind, known in ((None, True), ("OtherGating", False)):
+        model = tiny_model(vocab_size=300, model_type="jetmoe", **sizes)
+        tap = RouterTap(model)
+        if kind is not None:
+            for module, _ in tap.routers:
+                module.__class__ = type(kind, (type(module),), {})
+        with tap.recording() as routings:
+            model(torch.arange(6)[None])
+            tap.learn()
+        assert (tap.problem is None) == known
+        assert len(routings) == (2 if known else 0)
+        assert known or tap.problem == "OtherGating does not tell which experts it chose"
 
 
 def test_router_losses_train_the_router_and_are_logged(packed, tmp_path):

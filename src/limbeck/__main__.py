@@ -1,8 +1,6 @@
 """`python -m limbeck` is the `limbeck` command."""
 
-import sys
-
-from limbeck.cli import main
+from limbeck.cli import console
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console()

@@ -5,6 +5,7 @@
 Exit codes: 0 done, 1 failed, 2 bad usage or configuration.
 """
 
+import atexit
 import contextlib
 import json
 import os
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from limbeck.errors import ConfigError, LimbeckError
 
@@ -176,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         problem = disk_problem(error)
         if problem is None:
             raise
-        message = f"a file could not be written ({problem}). Make room, or choose a folder that can be written."
+        message = f"a file {problem}. Make room, or choose a folder that can be written."
         sys.stderr.write(f"error: {message}\n")
         if as_json:
             sys.stdout.write(json.dumps({"error": message, "exit_code": 1}) + "\n")
@@ -184,6 +185,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; run the same command again to continue\n")
         return 130
+
+
+def console() -> NoReturn:
+    """The `limbeck` command as a process of its own."""
+    code = main()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Threads of the process group that are still there would abort the interpreter's own end.
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _terminated(number: int, frame: object) -> None:
@@ -232,12 +245,8 @@ def _execute(name: str, words: list[str], as_json: bool) -> int:
     function: commands.Command = getattr(commands, sub.function)
     with contextlib.redirect_stdout(sys.stderr):  # stdout carries the result alone
         result = function(recipe, commands.Options(**switches_given))
-        was_a_rank = ranks.shut_down()
+        ranks.shut_down()
     commands.print_result(result, as_json)
-    if was_a_rank:  # threads of the process group that are still there would abort the interpreter's own end
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
     return 0
 
 

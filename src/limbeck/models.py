@@ -4,6 +4,7 @@ The one idea: everything that loads a model goes through here, so that safetenso
 and the meaning of `tiny-python` are decided once.
 """
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,24 +79,35 @@ def load_causal_lm(
         )
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise LimbeckError(f"model {name!r} could not be loaded: {error}") from error
-    require_whole(f"model {name!r}", report)
+    require_whole(f"model {name!r}", report, model)
     return model
 
 
-def require_whole(what: str, report: Mapping[str, Collection[Any]]) -> None:
+#: Constants that older versions of models kept beside their weights.
+_CONSTANTS = re.compile(r"\.(masked_bias|rotary_emb\.inv_freq|position_ids)$|(^|\.)decoder\.version$")
+
+
+def require_whole(what: str, report: Mapping[str, Collection[Any]], model: Any) -> None:
     """Refuse weights that are not exactly those the model has: transformers would leave the others random.
+
+    Constants that the model makes itself, such as attention masks, may be among the weights.
 
     Args:
         what: the checkpoint, for the message.
         report: the loading report of `from_pretrained(..., output_loading_info=True)`.
+        model: the model that was loaded.
 
     Raises:
         LimbeckError: tensors are missing, unexpected, or of another shape; how many, and the first of them.
     """
     wrong = []
+    buffers = [f".{name}" for name, _ in model.named_buffers()]
     for key, label in (("missing_keys", "missing"), ("mismatched_keys", "of another shape"),
                        ("unexpected_keys", "not of this model")):  # fmt: skip
         names = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in report.get(key, ()))
+        if key == "unexpected_keys":  # a checkpoint may leave out the name of the base model
+            names = [name for name in names if not _CONSTANTS.search(name)]
+            names = [name for name in names if not any(buffer.endswith(f".{name}") for buffer in buffers)]
         if names:
             shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
             wrong.append(f"{len(names)} tensors are {label} ({shown})")

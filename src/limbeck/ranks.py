@@ -32,16 +32,11 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
             say(f"rank {rank()} has waited {said - started:.0f} s for {what}")
 
 
-def shut_down() -> bool:
-    """Leave the process group together; a rank that exits while another still talks would abort it.
-
-    Returns True when there was one.
-    """
+def shut_down() -> None:
+    """Leave the process group together; a rank that exits while another still talks would abort it."""
     if world_size() > 1 and "torch" in sys.modules:
         import torch
 
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()
-            return True
-    return False

@@ -110,9 +110,11 @@ def _size(node: Any, known: dict[int, int]) -> int:
     elif isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, value in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen and key.value != "<<":
-                raise yaml.YAMLError(f"the key {key.value!r} stands twice (line {key.start_mark.line + 1}); remove one")
-            seen.add(str(key.value))
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen and key.value != "<<":
+                    line = key.start_mark.line + 1
+                    raise yaml.YAMLError(f"the key {key.value!r} stands twice (line {line}); remove one")
+                seen.add(key.value)
             size += _size(key, known) + _size(value, known)
     known[id(node)] = min(size, _MOST_NODES + 1)
     return known[id(node)]

@@ -134,7 +134,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 #: What an error says when it is the disk's: by number, or in the words of libraries that have no type for it.
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _DISK_WORDS = re.compile(
     r"No space left on device|Disk quota exceeded|File too large|Read-only file system|Input/output error|"
     r"os error (28|122|27|30|5)\b|PytorchStreamWriter failed"
@@ -142,12 +142,19 @@ _DISK_WORDS = re.compile(
 
 
 def disk_problem(error: BaseException) -> str | None:
-    """What is wrong with the disk, if that is what the error is about (full, read-only, over quota, broken)."""
-    if isinstance(error, OSError) and error.errno in _DISK:
+    """What is wrong with the disk, if that is what the error is about (full, read-only, over quota, broken, forbidden).
+
+    Returns:
+        "could not be written (No space left on device: /a/b)"; None for other errors.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
         where = f": {error.filename}" if error.filename else ""
-        return f"{os.strerror(error.errno)}{where}"
-    found = _DISK_WORDS.search(str(error))
-    return str(error).splitlines()[0][:200] if found else None
+        if error.errno in _DISK:
+            return f"could not be written ({os.strerror(error.errno)}{where})"
+        if error.errno == errno.EIO or (error.errno in (errno.EACCES, errno.EPERM) and where):
+            return f"could not be read or written ({os.strerror(error.errno)}{where})"
+    said = next((line for line in str(error).splitlines() if _DISK_WORDS.search(line)), None)
+    return None if said is None else f"could not be written ({said.strip()[:200]})"
 
 
 @contextmanager
@@ -166,7 +173,7 @@ def plain_disk_errors(folder: Path) -> Iterator[None]:
         if problem is None:
             raise
         raise LimbeckError(
-            f"{folder} could not be written ({problem}). Make room, or choose a folder that can be written, and run "
+            f"{folder} {problem}. Make room, or choose a folder that can be written, and run "
             "the same command again: what is finished stays, and the rest is continued."
         ) from None
 
@@ -191,7 +198,7 @@ def read_json(path: Path) -> Any:
     """Read JSON; a file that is not JSON is reported as damaged, by name."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # text, syntax, a number of thousands of digits; nesting
         raise CorruptError(f"{path} is not valid JSON ({error}). Delete it and run the stage again.") from error
 
 

@@ -75,6 +75,7 @@ class _Split:
 def pack_inputs(config: DatasetConfig, source: Source, tokenizer: LoadedTokenizer) -> dict[str, Any]:
     """Everything the packed rows depend on; its hash is their fingerprint."""
     return {
+        "format": 2,  # shards say which rows they hold
         "source": source.identity(),
         "text_column": config.text_column,
         "max_samples": config.max_samples,

@@ -6,7 +6,8 @@ Between two letters and a space this is so for every tokenizer that splits text 
 text without spaces.
 
 Tokenizers that put something before a text (Llama 2's dummy space) must not put it before a piece; those but the first
-are encoded by a twin of the tokenizer that adds nothing.
+are encoded by a twin of the tokenizer that adds nothing, up to the first special token in their text: what follows one
+has it again.
 """
 
 import json
@@ -39,7 +40,11 @@ class PieceEncoder:
 
         self._eos = eos_id
         self._whole = Tokenizer.from_str(tokenizer_json)
-        self._inner = Tokenizer.from_str(without_prefix(tokenizer_json))
+        inner = without_prefix(tokenizer_json)
+        self._inner = Tokenizer.from_str(inner)
+        has_prefix = json.loads(inner) != json.loads(tokenizer_json)
+        added = self._whole.get_added_tokens_decoder() if has_prefix else {}
+        self._special = {number: token.content.strip() for number, token in added.items()}
         self._before, self._after = self._added()
 
     def _added(self) -> tuple[list[int], list[int]]:
@@ -60,7 +65,7 @@ class PieceEncoder:
         found: list[np.ndarray] = []
         for first in (True, False):
             texts = [text for text, is_first, _ in pieces if is_first == first]
-            found += self._encode(texts, self._whole if first else self._inner)
+            found += self._encode(texts, self._whole) if first else self._encode_inner(texts)
         # The first pieces came before the others; back in the order given.
         order = np.argsort([not is_first for _, is_first, _ in pieces], kind="stable")
         arrays = [found[place] for place in np.argsort(order)]
@@ -79,6 +84,22 @@ class PieceEncoder:
             found += [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
             start = stop
         return found
+
+    def _encode_inner(self, texts: list[str]) -> list[np.ndarray]:
+        """Plain ids of texts that go on where others end."""
+        found = self._encode(texts, self._inner)
+        for number, ids in enumerate(found):
+            if not self._special.keys().isdisjoint(ids.tolist()):
+                found[number] = self._after_special(texts[number], ids)
+        return found
+
+    def _after_special(self, text: str, ids: np.ndarray) -> np.ndarray:
+        """`ids` of a text, with those behind its first special token as the whole tokenizer has them."""
+        encoding = self._inner.encode(text, add_special_tokens=False)
+        for place, (number, (start, stop)) in enumerate(zip(encoding.ids, encoding.offsets, strict=True), 1):
+            if self._special.get(number) == text[start:stop].strip():  # an unknown character has such an id, too
+                return np.concatenate([ids[:place], *self._encode([text[stop:]], self._whole)])
+        return ids
 
     def _finished(self, ids: np.ndarray, first: bool, last: bool) -> np.ndarray:
         before, after = self._before if first else [], self._after if last else []
@@ -110,7 +131,9 @@ class PieceEncoder:
         half = PIECE // 2
         for places in (_words(text, half), _changes(text, half), _characters(text, half)):
             for place in islice(places, _TRIES):
-                if self.agrees(text[max(0, place - _WINDOW) : place], text[place : place + _WINDOW]):
+                # From several beginnings: in a long run of one character they are cut at different places of it.
+                lefts = (text[max(0, place - _WINDOW + less) : place] for less in (0, 1, 7))
+                if all(self.agrees(left, text[place : place + _WINDOW]) for left in lefts):
                     return place
         warn(f"{name} has no place in {half:,} characters where its tokenizer would cut; the ids there may differ")
         return PIECE
@@ -119,7 +142,7 @@ class PieceEncoder:
         """True when the two texts give, one after the other, the ids of both together."""
 
         def ids(text: str) -> list[int]:
-            return list(self._inner.encode(text, add_special_tokens=False).ids)
+            return self._encode_inner([text])[0].tolist() if text else []
 
         return ids(left + right) == ids(left) + ids(right)
 
@@ -168,11 +191,16 @@ def without_prefix(tokenizer_json: str) -> str:
 
 
 def at_spaces(chunks: Iterable[str]) -> Iterator[str]:
-    """The chunks of a text with their borders moved to spaces, for a tokenizer's training."""
+    """The chunks of a text with their borders moved to spaces, for a tokenizer's training.
+
+    Without a space in two pieces the border is wherever no character is combined with the one before.
+    """
     held = ""
     for chunk in chunks:
+        place = len(held) + chunk.rfind(" ") if " " in chunk else 0
         held += chunk
-        place = held.rfind(" ")
+        if place == 0 and len(held) > 2 * PIECE:
+            place = next((i for i in range(len(held) - 1, 0, -1) if not unicodedata.combining(held[i])), 0)
         if place > 0:
             yield held[:place]
             held = held[place:]

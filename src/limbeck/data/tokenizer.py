@@ -107,7 +107,7 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
         raise LimbeckError(f"tokenizer {name!r} has no tokenizer.json; convert it to a fast tokenizer first.")
     if hf.eos_token_id is None:
         raise LimbeckError(f"tokenizer {name!r} has no end-of-text token; set eos_token in its tokenizer_config.json.")
-    largest = max(hf.get_vocab().values(), default=0)
+    largest = max([*hf.get_vocab().values(), *hf.backend_tokenizer.encode("a").ids], default=0)
     if largest >= LARGEST_VOCABULARY:
         raise _id_error(name, largest)
     hf.backend_tokenizer.no_truncation()
@@ -133,7 +133,8 @@ def _refuse_large_ids(name: str, path: str, revision: str | None) -> None:
     if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
         raise LimbeckError(f"{found} is no tokenizer.json: it has no `model`.")
     vocab = data["model"].get("vocab") or {}
-    added = [entry.get("id") for entry in data.get("added_tokens") or [] if isinstance(entry, dict)]
+    listed = data.get("added_tokens") or []
+    added = [entry.get("id") for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else [None]
     ids = [*(vocab.values() if isinstance(vocab, dict) else range(len(vocab))), *added]
     for number in ids:
         if not isinstance(number, int) or not 0 <= number < LARGEST_VOCABULARY:

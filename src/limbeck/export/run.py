@@ -1,6 +1,8 @@
 """`limbeck export`: from a run's folder to a file that other programs read, with proof if wanted."""
 
 import contextlib
+import glob
+import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,6 +40,8 @@ def _default_output(run: Path, folder: Path, name: str) -> Path:
 def _own(target: Path) -> Iterator[None]:
     """Be the only one who writes `target`, and say in one line when the disk will not have it."""
     with plain_disk_errors(target), folder_lock(target.parent, f".{target.name}.lock"):
+        for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):  # by one that was killed
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         yield
 
 

@@ -177,6 +177,8 @@ class BlockLoss:
         tail_top, support_top = z.amax(dim=-1, keepdim=True), on_support.amax(dim=-1, keepdim=True)
         top = torch.maximum(tail_top, support_top)
         anchor = torch.where(tail_top > -math.inf, tail_top, top)  # no tail: everything in the block is -inf
+        sums = Sums.zeros(z.device)
+        sums.matches = _matches(z, on_support, teacher, tail_top, top)
         z -= anchor
         gap = anchor - top
         soft = z if tau == 1.0 else torch.mul(z, 1.0 / tau, out=scratch)
@@ -185,14 +187,11 @@ class BlockLoss:
         hard = parts if tau == 1.0 else _normalise(z.exp_(), shifted, gap)
         log_q = torch.where(valid, shifted / tau, 0.0) - parts.log_total
         value, g = self._divergence(teacher, log_q, parts.log_tail - parts.log_total)
-        sums = Sums.zeros(z.device)
         sums.ce = (hard.log_total - (z_label - top)).sum(dtype=torch.float64)
         sums.divergence = value.sum(dtype=torch.float64)
         sums.loss = (1.0 - s.alpha) * sums.ce + s.alpha * tau * tau * sums.divergence
         sums.teacher_mass = teacher.mass.sum(dtype=torch.float64)
         sums.student_mass = parts.q.sum(dtype=torch.float64)
-        favourite = on_support.gather(1, teacher.top1)
-        sums.matches = ((favourite == top) & valid[:, :1]).sum(dtype=torch.float64)
         if gradient:
             self._gradient(z, soft, labels, teacher.ids, parts, hard, g)
         return sums
@@ -266,3 +265,23 @@ def _normalise(exponentials: Tensor, on_support: Tensor, gap: Tensor) -> _Parts:
     log_tail = tail_sum.log() + gap
     log_total = torch.logaddexp(log_tail, torch.logsumexp(on_support, dim=-1, keepdim=True))
     return _Parts(tail_sum, (gap - log_total).exp(), log_tail, log_total, (on_support - log_total).exp())
+
+
+def _matches(z: Tensor, on_support: Tensor, teacher: _Teacher, tail_top: Tensor, top: Tensor) -> Tensor:
+    """How many of the teacher's favourites the student prefers; of equal logits the lowest id counts, as in argmax.
+
+    Args:
+        z: `[n, V]` logits, -inf on the support.
+        on_support: `[n, K]` logits of the support, -inf at unused places.
+        teacher: its ids and favourites.
+        tail_top, top: `[n, 1]` largest logit outside the support, and of all.
+    """
+    match = (on_support.gather(1, teacher.top1) == top) & teacher.mask[:, :1]
+    equals = (on_support == top).sum(dim=1, keepdim=True) + (tail_top == top)
+    rows = (match & (equals > 1)).squeeze(1).nonzero().squeeze(1)  # an argmax of all rows takes ten times an amax
+    if len(rows):
+        ids, none, highest = teacher.ids[rows], z.shape[1], top[rows]
+        first = torch.where(on_support[rows] == highest, ids, none).amin(dim=1, keepdim=True)
+        outside = torch.where(tail_top[rows] == highest, z[rows].argmax(dim=1, keepdim=True), none)
+        match[rows] = ids.gather(1, teacher.top1[rows]) <= torch.minimum(first, outside)
+    return match.sum(dtype=torch.float64)

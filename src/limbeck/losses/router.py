@@ -26,8 +26,9 @@ import torch
 from limbeck.errors import ConfigError
 
 Tensor = torch.Tensor
-#: Routers whose output does not name the chosen experts, and which take those of the largest logits.
-_BY_LOGITS = ("JetMoeTopKGating", "DbrxRouter", "Llama4Router")
+#: Routers whose output does not name the chosen experts, and which take those of the largest logits; True: their
+#: weights are sigmoids.
+_BY_LOGITS = {"JetMoeTopKGating": False, "DbrxRouter": False, "Llama4Router": True}
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,13 @@ def router_losses(routings: Sequence[Routing], tokens: Tensor | None, kind: str 
         if flat is not None:
             kept = flat.to(z.device)
             z, chosen = z[kept], chosen[kept]
-        scores = z.sigmoid() if routing.sigmoid else z.softmax(dim=-1)
-        p = scores / scores.sum(dim=-1, keepdim=True)
+        scores = torch.nn.functional.logsigmoid(z) if routing.sigmoid else z
+        log_p = scores.log_softmax(dim=-1)  # of sigmoids: each one's share of their sum
+        p = log_p.exp()
         share = torch.bincount(chosen.reshape(-1), minlength=z.shape[-1]).to(p.dtype) / max(chosen.numel(), 1)
         count = max(len(z), 1)
         balance.append(z.shape[-1] * (share * p.sum(dim=0) / count).sum())
-        per_token = z.logsumexp(dim=-1).square() if kind == "z" else -torch.special.xlogy(p, p).sum(dim=-1)
+        per_token = z.logsumexp(dim=-1).square() if kind == "z" else -(p * log_p).sum(dim=-1)
         aux.append(per_token.sum() / count)
         load.append(torch.nn.functional.pad(share, (0, experts - len(share))))
     return RouterLosses(torch.stack(balance).mean(), torch.stack(aux).mean(), torch.stack(load).mean(dim=0))
@@ -102,6 +104,8 @@ class RouterTap:
         self._sigmoid: bool | None = None
         self._top_k = _experts_per_token(model.config)
         self.routers = _find_routers(model)
+        if not self.routers and any(name.rpartition(".")[2] == "experts" for name, _ in model.named_modules()):
+            self.problem = f"{type(model).__name__} has experts and does not name its routers"
         for module, index in self.routers:
             module.register_forward_hook(self._hook(index))
 
@@ -132,12 +136,17 @@ class RouterTap:
             if logits.ndim != 2:
                 self.problem = f"{name} routes by logits of shape {tuple(logits.shape)}"
                 return
+            if bool((logits >= 0).all() and (logits.float().sum(dim=-1) - 1.0).abs().max() < 1e-3):
+                self.problem = f"{name} passes on probabilities and no logits"
+                return
             chosen = _chosen(logits, parts)
             if chosen is None and name not in _BY_LOGITS:
                 self.problem = f"{name} does not tell which experts it chose"
                 return
-            if self._sigmoid is None and chosen is not None:
-                self._sigmoid = _scores_by_sigmoid(logits, chosen, parts)
+            if self._sigmoid is None:
+                self._sigmoid = _BY_LOGITS[name] if chosen is None else _scores_by_sigmoid(logits, chosen, parts)
+            if self._sigmoid is None:  # its weights do not tell; a correction of the choice belongs to sigmoids
+                self._sigmoid = hasattr(module, "e_score_correction_bias")
 
     def _routing(self, module: torch.nn.Module, logits: Tensor, parts: tuple[Any, ...]) -> Routing:
         chosen = _chosen(logits, parts)
@@ -171,14 +180,19 @@ def _chosen(logits: Tensor, parts: tuple[Any, ...]) -> Tensor | None:
     return None
 
 
-def _scores_by_sigmoid(logits: Tensor, chosen: Tensor, parts: tuple[Any, ...]) -> bool:
-    """True when the weights a router gives its choice are in the proportion of sigmoids, not of a softmax."""
+def _scores_by_sigmoid(logits: Tensor, chosen: Tensor, parts: tuple[Any, ...]) -> bool | None:
+    """True when the weights a router gives its choice are in the proportion of sigmoids, False of a softmax.
+
+    None when there are none, or when a single expert is chosen and always has the same weight.
+    """
     for part in parts:
         if not isinstance(part, Tensor) or part is logits or not part.is_floating_point() or part.ndim != 2:
             continue
         if part.shape not in (chosen.shape, logits.shape):
             continue
         weights = (part if part.shape == chosen.shape else part.gather(1, chosen)).float()
+        if chosen.shape[1] == 1 and float(weights.max() - weights.min()) < 1e-6:
+            return None
         errors = []
         for scores in (logits.float().sigmoid(), logits.float().softmax(dim=-1)):
             taken = scores.gather(1, chosen)
@@ -186,7 +200,7 @@ def _scores_by_sigmoid(logits: Tensor, chosen: Tensor, parts: tuple[Any, ...]) -
                 taken, weights = (x / x.sum(dim=-1, keepdim=True) for x in (taken, weights))
             errors.append(float((taken - weights).abs().sum()))
         return errors[0] < errors[1]
-    return False
+    return None
 
 
 def _experts_per_token(config: Any) -> int:

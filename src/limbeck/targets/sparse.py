@@ -158,13 +158,13 @@ class SparseTargets:
             return self
         keep = self.valid & (self.token_ids < vocab_size)
         dropped = self.valid & ~keep
-        if not bool(dropped.any()):
+        if not bool(dropped.any()) and self.top_k <= vocab_size:
             return self._replace(vocab_size=vocab_size)
         log_z = []
         for index, temperature in enumerate(self.temperatures):
             log_p = self.logprobs / temperature - self.log_z[..., index : index + 1]
             lost = torch.where(dropped, log_p.exp(), 0.0).sum(dim=-1)
-            if float(lost.max()) > 0.01:
+            if lost.numel() and float(lost.max()) > 0.01:
                 raise MismatchError(
                     f"the teacher gives {float(lost.max()):.3f} of its probability to ids of {vocab_size} and above, "
                     f"which the student (vocab_size {vocab_size}) does not have. Use a student with the teacher's "

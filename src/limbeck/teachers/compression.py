@@ -5,6 +5,7 @@ The one idea: the decoder is never allowed to give more than what is left of the
 
 import sys
 import zlib
+from functools import partial
 from typing import Any
 
 if sys.version_info >= (3, 14):
@@ -13,6 +14,8 @@ else:
     from backports import zstd
 
 __all__ = ["ACCEPTED", "BodyReader", "DamagedError", "TooLargeError", "zstd"]
+
+_SLACK = 1 << 16
 
 #: What answers may be compressed with, as `Accept-Encoding` says it.
 ACCEPTED = "zstd, gzip"
@@ -38,12 +41,13 @@ class BodyReader:
     """
 
     def __init__(self, encoding: str, limit: int) -> None:
-        self._limit, self.content = limit, bytearray()
+        self._limit, self._came, self.content = limit, 0, bytearray()
         self._decoder: Any = None
+        self._new: Any = None
         if encoding in ("gzip", "x-gzip"):
-            self._decoder = zlib.decompressobj(16 + zlib.MAX_WBITS)
+            self._new = partial(zlib.decompressobj, 16 + zlib.MAX_WBITS)
         elif encoding == "zstd":
-            self._decoder = zstd.ZstdDecompressor()
+            self._new = zstd.ZstdDecompressor
         elif encoding not in ("", "identity"):
             raise DamagedError(f"an answer in the encoding {encoding[:40]!r}, where {ACCEPTED} were asked for")
 
@@ -53,20 +57,27 @@ class BodyReader:
         Raises:
             TooLargeError, DamagedError: see the classes.
         """
-        if self._decoder is None:
+        self._came += len(data)
+        if self._came > 2 * self._limit + _SLACK:  # frames without content have no end
+            raise TooLargeError
+        if self._new is None:
             self._add(data)
             return
         try:
-            self._add(self._decoder.decompress(data, self._room))
-            while self._has_more():
-                rest = getattr(self._decoder, "unconsumed_tail", b"")
-                self._add(self._decoder.decompress(rest, self._room))
+            while data:  # a body may be several gzip members or zstd frames, one after the other
+                if self._decoder is None or self._decoder.eof:
+                    self._decoder = self._new()
+                self._add(self._decoder.decompress(data, self._room))
+                while self._has_more():
+                    rest = getattr(self._decoder, "unconsumed_tail", b"")
+                    self._add(self._decoder.decompress(rest, self._room))
+                data = self._decoder.unused_data
         except (zlib.error, zstd.ZstdError, EOFError) as error:
             raise DamagedError(f"the answer does not decompress ({error})") from None
 
     def finish(self) -> bytes:
         """The whole body."""
-        if self._decoder is not None and not self._decoder.eof:
+        if self._new is not None and (self._decoder is None or not self._decoder.eof):
             raise DamagedError("the compressed answer is cut short")
         return bytes(self.content)
 

@@ -154,8 +154,10 @@ class LocalTeacher:
     def reference(self, rows: PackedRows) -> "LocalReference":
         """The whole distributions of the rows, made a few positions at a time when they are asked for."""
         device = next(self.model.parameters()).device
+        step = max(1, self._budget // rows.input_ids.shape[1])
+        parts = [rows.slice(start, start + step).to(device) for start in range(0, len(rows.input_ids), step)]
         with torch.autocast(device.type, enabled=False):
-            hidden = last_hidden_states(self.model, **rows.to(device).model_inputs(self.attention))
+            hidden = torch.cat([last_hidden_states(self.model, **p.model_inputs(self.attention)) for p in parts])
         return LocalReference(hidden.reshape(-1, hidden.shape[-1]), self._head)
 
     def _pass(self, rows: PackedRows) -> SparseTargets:
@@ -209,16 +211,17 @@ class LocalReference:
 
     def log_probs(self, positions: torch.Tensor) -> torch.Tensor:
         """Log-probabilities `[n, V]` in float32 at the given positions."""
-        found: torch.Tensor = self.head.log_probs(self.hidden[positions.to(self.hidden.device)])
+        with torch.autocast(self.hidden.device.type, enabled=False):  # it is the student's
+            found: torch.Tensor = self.head.log_probs(self.hidden[positions.to(self.hidden.device)])
         return found
 
 
 def _row_seed(seed: int, row: PackedRows) -> int:
-    """The seed of a row's draws: by its number, or by its tokens where it has none."""
+    """The seed of a row's draws: by its number, or by its tokens where it has none; filler does not count."""
     number = int(row.row_ids[0])
     if number >= 0:
         return (seed << 32) + number + 1
-    content = torch.stack([row.input_ids[0], row.doc_ids[0]]).cpu().numpy().astype("<i8").tobytes()
+    content = row.input_ids[0][row.doc_ids[0] >= 0].cpu().numpy().astype("<i8").tobytes()
     return int.from_bytes(hashlib.sha256(seed.to_bytes(8, "little") + content).digest()[:8], "little") >> 1
 
 

@@ -303,7 +303,7 @@ class CheckpointingTrainer(Trainer):
         saved, report = type(base).from_pretrained(
             checkpoint, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
-        require_whole(f"checkpoint {checkpoint}", report)
+        require_whole(f"checkpoint {checkpoint}", report, self.model)
         base.load_state_dict(saved.state_dict(), strict=True)
         return True
 

@@ -17,7 +17,7 @@ from limbeck.data.dataset import IGNORE
 from limbeck.errors import ConfigError
 from limbeck.losses.divergences import whole_kl
 from limbeck.losses.fused import FusedLossOutput, fused_distillation_loss
-from limbeck.losses.router import RouterLosses, RouterTap, router_losses
+from limbeck.losses.router import RouterLosses, RouterTap, Routing, router_losses
 from limbeck.models import LogitTransform, OutputHead, head_replaced, verified_transform
 from limbeck.targets.sparse import SparseTargets
 from limbeck.teachers.base import Reference
@@ -99,6 +99,7 @@ def attach_fused_loss(model: Any) -> None:
         # see the gradient.
         loss, router = carried.reshape(()), None
         if routings:
+            _require_gradient(routings, model, balance or aux)
             # Over the positions that carry the loss, so that micro-batches add up to the whole batch.
             router = router_losses(routings, loss_request.labels != IGNORE, kind)
             items = parts.num_valid if loss_request.num_items is None else loss_request.num_items
@@ -107,6 +108,16 @@ def attach_fused_loss(model: Any) -> None:
         return LossOutput(loss=loss, parts=parts, router=router, kl_sum=kl_sum, hidden_states=outputs.hidden_states)
 
     model.forward = forward
+
+
+def _require_gradient(routings: list[Routing], model: Any, weight: float) -> None:
+    if not weight or not torch.is_grad_enabled() or any(routing.logits.requires_grad for routing in routings):
+        return
+    if getattr(model, "is_gradient_checkpointing", False) and any(p.requires_grad for p in model.parameters()):
+        raise ConfigError(
+            "gradient_checkpointing_kwargs.use_reentrant is true, and the routers' losses then have no gradient. Set "
+            "it to false, or loss.load_balance and loss.router_aux to 0."
+        )
 
 
 _SCORE_BYTES = 32 << 20
@@ -125,7 +136,10 @@ def _kl_sum(hidden: torch.Tensor, model: Any, transform: LogitTransform, request
     positions = (request.labels.reshape(-1) != IGNORE).nonzero().squeeze(-1)
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     for part in torch.split(positions, max(1, _SCORE_BYTES // (4 * head.vocab_size))):
-        total += whole_kl(reference.log_probs(part).to(hidden.device), head.log_probs(flat[part]))
+        log_p = reference.log_probs(part).to(hidden.device)
+        if log_p.shape[-1] > head.vocab_size:  # ids that stand for no token of the student's, as in its targets
+            log_p = log_p[..., : head.vocab_size].log_softmax(dim=-1)
+        total += whole_kl(log_p, head.log_probs(flat[part]))
     return total
 
 

@@ -268,7 +268,7 @@ class DistillationTrainer(CheckpointingTrainer):
         if dataset is None:
             raise ConfigError("evaluation was asked for and there is no eval_dataset; give one, or unset eval_steps.")
         clock, seen = time.perf_counter(), StepMetrics()
-        kl, whole = torch.zeros((), dtype=torch.float64, device=self.args.device), False
+        kl, whole, drawn = torch.zeros((), dtype=torch.float64, device=self.args.device), False, False
         if self.ternary is not None:
             self.ternary.state.mix = 1.0  # what a checkpoint holds
         model = self.model_wrapped if self.model_wrapped is not None else self.model
@@ -286,7 +286,7 @@ class DistillationTrainer(CheckpointingTrainer):
                 reference = self._reference(rows)
                 scores = {"scores_kl": targets is not None, "reference": reference}
                 outputs = self._forward(model, rows, inputs["labels"], targets, None, **scores)
-            whole = reference is not None
+            whole, drawn = reference is not None, targets is not None and targets.weights is not None
             if start < count:
                 seen.add(outputs)
                 kl += outputs.kl_sum if outputs.kl_sum is not None else math.nan
@@ -296,7 +296,8 @@ class DistillationTrainer(CheckpointingTrainer):
         metrics = {"loss": sums["ce"] / tokens, "perplexity": math.exp(min(sums["ce"] / tokens, 700.0))}
         if self.eval_teacher is not None:
             if math.isfinite(kl_sum):
-                metrics["kl_to_teacher" if whole else "kl_to_teacher_at_least"] = max(kl_sum / tokens, 0.0)
+                name = "kl_to_teacher" if whole else "kl_to_teacher_estimate" if drawn else "kl_to_teacher_at_least"
+                metrics[name] = kl_sum / tokens if drawn else max(kl_sum / tokens, 0.0)
             metrics["divergence"] = sums["divergence"] / tokens
             metrics["top1_agreement"] = sums["top1"] / tokens
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}

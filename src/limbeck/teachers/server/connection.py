@@ -1,8 +1,8 @@
 """Connections that cost the server little before and after a request: bounded in number, in waiting and in stalling.
 
-The one idea: uvicorn's own HTTP/1.1 protocol with three clocks it lacks. A request's head must be complete in some
-seconds, a reader must take something in some seconds, and connections beyond a bound are closed as they come, so that
-the process never runs out of files and `/health` always answers.
+The one idea: uvicorn's own HTTP/1.1 protocol with the bounds it lacks. A request's head must be complete in some
+seconds, a reader must take something in some seconds, and beyond a number of connections the one that has waited
+longest without asking is closed for the newest, so that the process never runs out of files and `/health` answers.
 """
 
 import asyncio
@@ -27,12 +27,26 @@ class Connection(H11Protocol):
     _stall_clock: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
-        """Take the connection, or drop it when there are too many."""
+        """Take the connection; where there are too many, at the expense of one that asks for nothing, or not at all."""
         super().connection_made(transport)
-        if len(self.connections) > self.max_connections:
+        if len(self.connections) > self.max_connections and not self._drop_another():
             transport.abort()
         else:
             self._watch_head()
+
+    def _drop_another(self) -> bool:
+        waiting = [other for other in self.connections if isinstance(other, Connection) and other._head_clock]
+        if not waiting:
+            return False
+        oldest = min(waiting, key=lambda other: other._head_clock.when() if other._head_clock else 0.0)
+        oldest._stop_head_clock()
+        oldest.transport.abort()
+        return True
+
+    def _stop_head_clock(self) -> None:
+        if self._head_clock is not None:
+            self._head_clock.cancel()
+            self._head_clock = None
 
     def data_received(self, data: bytes) -> None:
         """Bytes of a request."""
@@ -62,9 +76,8 @@ class Connection(H11Protocol):
         awaited = self.conn.their_state is h11.IDLE and not self.transport.is_closing()
         if awaited and self._head_clock is None:
             self._head_clock = self.loop.call_later(self.head_seconds, self.transport.abort)
-        elif not awaited and self._head_clock is not None:
-            self._head_clock.cancel()
-            self._head_clock = None
+        elif not awaited:
+            self._stop_head_clock()
 
 
 def connection_class(

@@ -94,9 +94,9 @@ def merge_adapter(model: Any, folder: Path) -> Any:
         from peft import PeftModel, get_peft_model_state_dict
     except ImportError:
         raise ConfigError("an adapter needs peft: `pip install 'limbeck[serve]'`.") from None
-    missing = [name for name in ("adapter_config.json", "adapter_model.safetensors") if not (folder / name).is_file()]
-    if missing:
-        raise LimbeckError(f"{folder} is no adapter in safetensors: {', '.join(missing)} is missing.")
+    absent = [name for name in ("adapter_config.json", "adapter_model.safetensors") if not (folder / name).is_file()]
+    if absent:
+        raise LimbeckError(f"{folder} is no adapter in safetensors: {', '.join(absent)} is missing.")
     misfit = f"the adapter {folder} does not fit {type(model).__name__}"
     try:
         adapted = PeftModel.from_pretrained(model, str(folder))
@@ -104,12 +104,13 @@ def merge_adapter(model: Any, folder: Path) -> Any:
         raise LimbeckError(f"{misfit}: {error}") from error
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as tensors:
         stored = set(tensors.keys())
-    wanted = set(get_peft_model_state_dict(adapted))
-    if stored != wanted:  # peft leaves what is missing at its initialisation, and drops what it does not know
-        first = sorted(stored ^ wanted)[0]
+    wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    # peft leaves what is missing at its initialisation, and drops what it does not know; embeddings may be among them.
+    missing, foreign = wanted - stored, stored - wanted - set(adapted.state_dict())
+    if missing or foreign:
         raise LimbeckError(
-            f"{misfit}: {len(wanted - stored)} of its tensors are missing and {len(stored - wanted)} are not of this "
-            f"model (the first: {first})."
+            f"{misfit}: {len(missing)} of its tensors are missing and {len(foreign)} are not of this model (the first: "
+            f"{min(missing | foreign)})."
         )
     return adapted.merge_and_unload()
 
