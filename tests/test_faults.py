@@ -1,5 +1,6 @@
 """Disks that are full, files that lie, recipes that blow up: one line each, and nothing half-written."""
 
+import errno
 import json
 import os
 import signal
@@ -23,7 +24,7 @@ from limbeck.data.tokenizer import load_tokenizer
 from limbeck.errors import ConfigError, CorruptError, LimbeckError
 from limbeck.export.inspect import inspect_gguf
 from limbeck.recipe import load_recipe
-from limbeck.storage import commit_folder
+from limbeck.storage import commit_folder, plain_disk_errors, read_json
 from limbeck.targets.store import TeacherCache
 from limbeck.teachers.build_cache import build_cache
 
@@ -174,6 +175,28 @@ def test_without_an_exchange_of_names_a_kill_in_between_is_mended(tmp_path, monk
     commit_folder(tmp_path / "new", tmp_path / "best")
     assert (tmp_path / "best" / "a").read_text() == "3"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best"]
+
+
+def test_what_killed_exports_left_is_removed(tmp_path):
+    save_model(tiny_model(), tmp_path / "m" / "final")
+    (tmp_path / ".x.gguf.77.tmp").write_text("half")
+    (tmp_path / ".y.gguf.77.tmp").mkdir()
+    limbeck("export", tmp_path / "m", "--output", tmp_path / "x.gguf")
+    assert sorted(path.name for path in tmp_path.glob(".?.gguf.*")) == [".x.gguf.lock", ".y.gguf.77.tmp"]
+
+
+def test_errors_of_the_disk_are_told_from_others(tmp_path):
+    for error, message in (
+        (OSError(errno.ENOSPC, "x", "/a/b"), r"could not be written \(No space left on device: /a/b\)"),
+        (OSError(errno.EIO, "x", "/a/b"), r"could not be read or written \(Input/output error: /a/b\)"),
+        (PermissionError(errno.EACCES, "x", "/a/b"), r"could not be read or written \(Permission denied: /a/b\)"),
+        (RuntimeError("the model said:\nFile too large: 7"), r"could not be written \(File too large: 7\)"),
+    ):
+        with pytest.raises(LimbeckError, match=message), plain_disk_errors(tmp_path):
+            raise error
+    for other in (PermissionError(errno.EACCES, "a port"), RuntimeError("a model of 3 layers")):
+        with pytest.raises(type(other)), plain_disk_errors(tmp_path):
+            raise other
 
 
 def test_two_exports_to_one_file_do_not_meet(tmp_path):
@@ -339,6 +362,13 @@ def test_ids_that_no_vocabulary_has_are_refused_before_they_are_loaded(tmp_path)
         load_tokenizer(str(folder))
 
 
+def test_hostile_json_is_one_line(tmp_path):
+    for content in ("[" * 100_000, '{"a": ' + "1" * 5000 + "}", '{"a": \ud800'):
+        (tmp_path / "x.json").write_text(content, errors="surrogatepass")
+        with pytest.raises(CorruptError, match="x.json is not valid JSON"):
+            read_json(tmp_path / "x.json")
+
+
 # -- recipes --------------------------------------------------------------------------------------------------------
 
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
@@ -346,9 +376,13 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
 )
 
 
+KEY_BOMB = BOMB + "? *j\n: 1\n"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (KEY_BOMB, "aliases stand for more than"),
         ("loss: " + "[" * 20_000 + "]" * 20_000, "nested too deeply"),
         ("loss: " + "{a: " * 3000 + "1" + "}" * 3000, "nested too deeply"),
         (BOMB, "stand for more than 100,000 values"),
@@ -356,7 +390,7 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
         ("loss:\n  alpha: 0.5\n  alpha: 0.7\n", r"the key 'alpha' stands twice \(line 3\)"),
         ("seed: " + "1" * 5000, "."),
     ],
-    ids=["list", "mapping", "bomb", "loop", "twice", "number"],
+    ids=["key", "list", "mapping", "bomb", "loop", "twice", "number"],
 )
 def test_recipes_that_blow_up_end_in_one_line(tmp_path, content, message):
     path = tmp_path / "r.yaml"

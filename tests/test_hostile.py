@@ -19,7 +19,7 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import Response
 
-from conftest import limbeck
+from conftest import limbeck, tiny_model
 from limbeck.config import Recipe, SamplingConfig
 from limbeck.config.recipe import TeacherServerConfig
 from limbeck.console import printable
@@ -259,6 +259,21 @@ def test_bodies_come_back_whole_and_cut_ones_do_not(encoding):
         BodyReader("br", 10)
 
 
+@pytest.mark.parametrize("encoding", ["gzip", "zstd"])
+@pytest.mark.parametrize("step", [1, 7, 100_000])
+def test_a_body_of_several_parts_is_their_sum(encoding, step):
+    """RFC 1952 and RFC 8878: members and frames follow each other."""
+    compress = {"gzip": gzip.compress, "zstd": zstd.compress}[encoding]
+    coded = compress(b"one ") + compress(b"") + compress(b"two")
+    reader = BodyReader(encoding, 100)
+    for start in range(0, len(coded), step):
+        reader.feed(coded[start : start + step])
+    assert reader.finish() == b"one two"
+    endless = BodyReader(encoding, 1000)
+    with pytest.raises(TooLargeError):
+        endless.feed(compress(b"") * 10_000)
+
+
 def test_a_bomb_from_a_server_ends_the_question_in_little_memory():
     app = FastAPI()
 
@@ -417,6 +432,20 @@ def test_normalisers_lie_between_a_lump_and_an_even_tail(tau):
             log_z[0, 7, 1] += off
             with pytest.raises(WrongAnswerError, match="row 0, position 7 gives"):
                 check_targets(targets.with_tensors({**targets.tensors(), "log_z": log_z}), "a model")
+
+
+def test_draws_of_a_row_without_a_number_are_those_of_its_tokens():
+    """Filler at its end and the numbers of its documents change nothing."""
+    teacher = LocalTeacher(tiny_model(), sampling=SamplingConfig(head=4, draws=9), temperatures=(1.0,))
+    ids = torch.arange(5, 17).unsqueeze(0)
+    docs = torch.tensor([[0] * 6 + [1] * 6])
+    plain = teacher.targets(PackedRows(torch.tensor([-1]), ids, docs))
+    for other, owners in (
+        (ids, docs + 5),
+        (torch.nn.functional.pad(ids, (0, 3)), torch.nn.functional.pad(docs, (0, 3), value=-1)),
+    ):
+        found = teacher.targets(PackedRows(torch.tensor([-1]), other, owners))
+        assert torch.equal(found.token_ids[:, :12], plain.token_ids)
 
 
 def test_rows_without_a_number_are_drawn_by_their_content(teacher_folder, rows):

@@ -287,6 +287,18 @@ def test_a_teacher_that_says_nothing_matches_nothing(problem):
     assert matches_of([0, *best[1:]], supports, teacher) == N - 1  # id 0 stands in for no id in the first row
 
 
+def test_of_equal_logits_the_lowest_id_is_the_students(problem):
+    """Matches are those of argmax, which takes the first of equals, wherever it stands in the support or outside."""
+    _, teacher = problem
+    supports = likeliest(teacher, [4, 1, 2, 6, 7, V, 3])
+    targets = by_hand(teacher, supports)
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(20):
+        hidden = torch.randint(0, 2, (N, V), generator=generator).double()
+        found = fused_distillation_loss(hidden, torch.eye(V).double(), torch.ones(N, dtype=torch.long), targets)
+        assert int(found.top1_matches) == int((hidden.argmax(-1) == teacher.argmax(-1)).sum())
+
+
 # -- tails of any size ------------------------------------------------------------------------------------
 
 
@@ -455,3 +467,25 @@ def test_sampled_targets_are_not_conditioned_on_their_draws(tail):
     labels = torch.zeros(4, dtype=torch.long)
     with pytest.raises(ConfigError, match="loss.tail is renormalise"):
         fused_distillation_loss(torch.randn(4, 3), torch.randn(30, 3), labels, targets, temperature=1.0, tail=tail)
+
+
+def test_a_wider_teacher_and_no_label_at_all():
+    targets = SparseTargets.from_logits(torch.randn(2, 40), None, (1.0,))
+    labels = torch.full((2,), -100)
+    found = fused_distillation_loss(torch.randn(2, 3), torch.randn(30, 3), labels, targets, temperature=1.0)
+    assert float(found.loss) == 0.0
+    assert int(found.num_valid) == 0
+
+
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_a_router_that_is_sure_has_an_entropy_and_its_gradient(sigmoid):
+    z = torch.tensor([[0.0, -200.0, 1.0, 2.0], [-300.0, -310.0, -305.0, -301.0]], requires_grad=True)
+    routing = Routing(z, torch.tensor([[3, 2], [0, 3]]), sigmoid)
+    found = router_losses([routing], None, "entropy")
+    scores = (z.double().sigmoid() if sigmoid else z.double().exp()).double()
+    p = scores / scores.sum(-1, keepdim=True)
+    entropy = -torch.where(p > 0, p * p.clamp_min(1e-300).log(), 0.0).sum(-1).mean()
+    close(found.aux, entropy, rtol=1e-5)
+    (theirs,) = torch.autograd.grad(entropy, z)
+    (mine,) = torch.autograd.grad(found.aux + 0.0 * found.load_balance, z)
+    close(mine, theirs, rtol=1e-4, atol=1e-7)

@@ -73,6 +73,29 @@ def test_weights_must_be_exactly_the_models(tmp_path, change, message):
         load_causal_lm(str(folder), dtype="float32")
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neo", "opt"])
+def test_constants_beside_the_weights_are_no_weights(tmp_path, kind):
+    """Older checkpoints hold attention masks and version numbers, which models make for themselves."""
+    sizes = {
+        "gpt_neo": {"attention_types": [[["global"], 1]], "num_layers": 1, "num_heads": 2},
+        "opt": {"word_embed_proj_dim": 32, "ffn_dim": 32},
+        "gpt2": {"n_embd": 32, "n_head": 2, "n_layer": 1},
+    }
+    folder = save_model(tiny_model(**{**SMALL, "model_type": kind, **sizes[kind]}), tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    mask = torch.ones(1, 1, 8, 8, dtype=torch.bool)
+    tensors |= {
+        "gpt2": {"transformer.h.0.attn.bias": mask, "h.0.attn.masked_bias": torch.tensor(-1e4)},
+        "gpt_neo": {
+            "transformer.h.0.attn.attention.bias": mask,
+            "transformer.h.0.attn.attention.masked_bias": torch.tensor(-1e9),
+        },
+        "opt": {"decoder.version": torch.zeros(1)},
+    }[kind]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    load_causal_lm(str(folder), dtype="float32")
+
+
 def test_a_missing_experts_matrix_is_named(tmp_path):
     folder = save_model(tiny_model(**EXPERTS), tmp_path / "m")
     tensors = load_file(folder / "model.safetensors")

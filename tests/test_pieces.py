@@ -137,6 +137,35 @@ def test_text_without_spaces_is_cut_too(kind, small_pieces):
     assert count > 5
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_special_tokens_in_a_text_have_what_follows_them_as_in_the_whole(kind, small_pieces):
+    tokenizer = made(kind)
+    token = next(iter(tokenizer.get_added_tokens_decoder().values()), None)
+    if token is None:
+        pytest.skip("no special token")
+    words = TEXT.split()[:600]
+    text = " ".join(word + token.content * (i % 7 == 3) for i, word in enumerate(words))
+    found, count = in_pieces(tokenizer, text, 1)
+    assert found == whole(tokenizer, text, 1)
+    assert count > 5
+
+
+def test_a_long_run_of_one_character_is_whole_or_a_warning(caplog):
+    tokenizer = byte_level()
+    text = "a" + " " * 400_000 + "b"
+    found, count = in_pieces(tokenizer, text, 0, chunk=1 << 16)
+    assert count > 1
+    assert found == whole(tokenizer, text, 0) or "the ids there may differ" in caplog.text
+
+
+def test_training_texts_without_spaces_are_cut_too():
+    chunks = ["東京" * (pieces.PIECE // 2)] * 8
+    cut = list(at_spaces(chunks))
+    assert "".join(cut) == "".join(chunks)
+    assert max(map(len, cut)) <= 3 * pieces.PIECE
+    assert len(cut) > 2
+
+
 def test_a_place_inside_a_word_does_not_agree():
     encoder = PieceEncoder(made("gpt2").to_str(), 0)
     assert encoder.agrees("in the", " corner")

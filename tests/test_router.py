@@ -106,6 +106,69 @@ def test_how_a_router_scores_is_seen_from_its_weights_however_it_scales_them(k, 
         assert _scores_by_sigmoid(logits, chosen, (logits, weights, chosen)) == (scores[0, 0] > 0.9)
 
 
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
+def test_a_single_expert_of_weight_one_tells_nothing_of_the_score(kind):
+    sizes = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 1, "norm_topk_prob": True}
+    model = tiny_model(vocab_size=300, model_type=kind, moe_intermediate_size=16, **sizes)
+    assert {routing.sigmoid for routing in routings_of(model)} == {False}
+
+
+def test_llama_4_scores_by_a_sigmoid():
+    sizes = {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 1,
+        "intermediate_size_mlp": 32,
+    }
+    model = tiny_model(vocab_size=300, model_type="llama4_text", num_key_value_heads=2, **sizes)
+    found = routings_of(model)
+    assert found
+    assert all(routing.sigmoid for routing in found)
+
+
+def test_routers_that_pass_on_probabilities_or_are_not_named_are_told():
+    model = tiny_model(**EXPERTS)
+    router = RouterTap(model).routers[0][0]
+    router.register_forward_hook(lambda module, inputs, output: (output[0].softmax(-1), *output[1:]))
+    tap = RouterTap(model)
+    with tap.recording():
+        model(torch.arange(6)[None])
+        tap.learn()
+    assert "passes on probabilities and no logits" in tap.problem
+    for module in model.modules():
+        if hasattr(type(module), "_can_record_outputs"):
+            module._can_record_outputs = None
+    assert "does not name its routers" in RouterTap(model).problem
+    assert RouterTap(tiny_model()).problem is None
+
+
+def test_routers_without_a_gradient_are_refused():
+    """Re-entrant checkpointing runs the layers without gradient, so that what is recorded there has none."""
+    model = tiny_model(**EXPERTS).train()
+    attach_fused_loss(model)
+    ids = torch.arange(12).reshape(1, 12)
+    rows = PackedRows(torch.arange(1), ids, torch.zeros_like(ids))
+    request = LossRequest(rows.labels, None, {"temperature": 1.0}, router=(0.01, 0.001, "z"))
+    for reentrant in (False, True):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        if reentrant:
+            model.enable_input_require_grads()
+            with pytest.raises(ConfigError, match="use_reentrant is true"):
+                model(**rows.model_inputs("packed"), loss_request=request)
+        else:
+            assert model(**rows.model_inputs("packed"), loss_request=request).router is not None
+
+
+def routings_of(model):
+    tap = RouterTap(model)
+    with tap.recording():
+        model(torch.arange(6)[None])
+        tap.learn()
+    with tap.recording() as routings:
+        model(torch.arange(6)[None])
+    return routings
+
+
 def test_routers_by_logits_are_known_by_name():
     """These choose the largest logits and do not pass on which; one of another name is not guessed at."""
     sizes = {"num_local_experts": 4, "kv_channels": 16, "num_key_value_heads": 2, "num_attention_heads": 4}

@@ -319,6 +319,27 @@ def test_float8_reaches_fused_experts():
     assert 0.0 < float((a - b).abs().sum(-1).max()) < 0.2
 
 
+def test_an_adapter_may_hold_embeddings_and_nothing_foreign(tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file, save_file
+
+    from limbeck.teachers.server.load import merge_adapter
+
+    tuned = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    with torch.no_grad():
+        tuned.get_input_embeddings().weight += 1.0
+    tuned.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    merged = merge_adapter(tiny_model(), tmp_path / "a")
+    assert torch.equal(merged.get_input_embeddings().weight, tuned.get_input_embeddings().weight)
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    gone = next(name for name in tensors if "lora_A" in name)
+    for changed in ({**tensors, "x.lora_A.weight": torch.zeros(1)}, {k: v for k, v in tensors.items() if k != gone}):
+        save_file(changed, path)
+        with pytest.raises(LimbeckError, match="does not fit"):
+            merge_adapter(tiny_model(), tmp_path / "a")
+
+
 def test_an_adapter_is_merged_and_changes_the_fingerprint(teacher_folder, tmp_path):
     from peft import LoraConfig, get_peft_model
 

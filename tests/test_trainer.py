@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from conftest import tiny_model
 from limbeck import DistillationArguments, DistillationTrainer, LocalTeacher, TeacherCache
-from limbeck.config import Recipe
+from limbeck.config import Recipe, SamplingConfig
 from limbeck.data.dataset import PackedRows
 from limbeck.errors import ConfigError, CorruptError, LimbeckError
 from limbeck.teachers.build_cache import build_cache
@@ -453,6 +453,52 @@ def test_the_distance_to_the_teacher_is_one_number_whatever_is_trained(packed, t
     kl = float((p * (p / q).log()).sum(-1).mean())
     assert found["eval_kl_to_teacher"] == pytest.approx(kl, rel=1e-4)
     assert found["eval_divergence"] != pytest.approx(kl, rel=0.05)
+    assert "eval_kl_to_teacher_at_least" not in found
+
+
+def test_the_distance_to_a_wider_teacher_leaves_its_padding_out(packed, tmp_path):
+    student, _ = student_and_teacher()
+    teacher = tiny_model(vocab_size=4104, seed=5)
+    with torch.no_grad():
+        teacher.lm_head.weight[4096:] = 0.0
+        teacher.lm_head.weight[:4096] *= 30.0
+    trainer = DistillationTrainer(
+        student, arguments(tmp_path), teacher=LocalTeacher(teacher, top_k=3), train_dataset=packed, eval_dataset=packed
+    )
+    found = trainer.evaluate()
+    teacher.lm_head.weight.data = teacher.lm_head.weight[:4096].detach().clone()
+    p, q = distributions(packed.rows(range(len(packed))), teacher, student)
+    assert found["eval_kl_to_teacher"] == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-3)
+
+
+def test_a_teachers_reference_keeps_to_its_budget_and_its_precision(packed):
+    model = tiny_model(seed=5)
+    rows = packed.rows(range(4))
+    length = rows.input_ids.shape[1]
+    seen = []
+    model.register_forward_pre_hook(lambda m, a, k: seen.append(len(k["input_ids"])), with_kwargs=True)
+    model.model.register_forward_pre_hook(lambda m, a, k: seen.append(len(k["input_ids"])), with_kwargs=True)
+    whole = LocalTeacher(model, top_k=3).reference(rows)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        teacher = LocalTeacher(model, top_k=3, max_batch_tokens=length)
+        seen.clear()
+        reference = teacher.reference(rows)
+        assert seen
+        assert set(seen) == {1}
+        found = reference.log_probs(torch.arange(5))
+    torch.testing.assert_close(found, whole.log_probs(torch.arange(5)), rtol=1e-5, atol=1e-5)
+
+
+def test_draws_estimate_the_distance_and_bound_nothing(packed, tmp_path):
+    student, model = student_and_teacher()
+    local = LocalTeacher(model, sampling=SamplingConfig(head=4, draws=9), temperatures=(1.0,))
+    names = ("temperatures", "vocab_size", "targets", "template")
+    teacher = SimpleNamespace(in_workers=False, **{name: getattr(local, name) for name in names})
+    trainer = DistillationTrainer(
+        student, arguments(tmp_path, temperature=1.0), teacher=teacher, train_dataset=packed, eval_dataset=packed
+    )
+    found = trainer.evaluate()
+    assert "eval_kl_to_teacher_estimate" in found
     assert "eval_kl_to_teacher_at_least" not in found
 
 

@@ -191,6 +191,7 @@ def _scores_by_sigmoid(logits: Tensor, chosen: Tensor, parts: tuple[Any, ...]) -
         if part.shape not in (chosen.shape, logits.shape):
             continue
         weights = (part if part.shape == chosen.shape else part.gather(1, chosen)).float()
+        weights = weights.detach()
         if chosen.shape[1] == 1 and float(weights.max() - weights.min()) < 1e-6:
             return None
         errors = []
