@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests"
 EQUIVALENT = TESTS / "equivalent_mutants.json"
 RECORDED = TESTS / "mutant_tests.json"  # which tests run which function: --quick has no time for a first round
-KEPT = 15  # tests of a function that are recorded, the quickest
+KEPT_ALIKE = 4  # tests of a function that are recorded and differ in their parameters alone, the quickest
 WANTED = 0.90
 # They test the documents, or teachers behind HTTP, which are not mutated, and take minutes.
 LEFT_OUT = "test_docs* test_remote* test_teacher*".split()
@@ -161,15 +161,18 @@ def record(table: dict[str, dict]) -> None:
     """Write the quickest tests of every function; by name, so that it holds while lines move."""
     known = {str(path.relative_to(SOURCE)): functions(path) for path in sorted(SOURCE.rglob("*.py"))}
     tests = sorted(table, key=lambda test: (table[test]["seconds"], test))
-    found = defaultdict(list)
+    found, alike, total = defaultdict(list), defaultdict(int), defaultdict(float)
     for number, test in enumerate(tests):
         keys = set()
         for line in table[test]["lines"]:
             file, _, at = line.rpartition(":")
             keys.add(f"{file}:{function_at(known.get(file, []), int(at))}")
         for key in keys:
-            if len(found[key]) < KEPT:
+            name = test.partition("[")[0]
+            if (total[key] < PATIENCE["quick"] or len(found[key]) < 2) and alike[key, name] < KEPT_ALIKE:
                 found[key].append(number)
+                alike[key, name] += 1
+                total[key] += table[test]["seconds"]
     used = sorted({number for numbers in found.values() for number in numbers})
     place = {number: index for index, number in enumerate(used)}
     rows = (json.dumps([tests[number], round(table[tests[number]]["seconds"], 2)]) for number in used)

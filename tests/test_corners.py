@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
+import gguf
 import huggingface_hub
 import numpy as np
 import pytest
@@ -14,17 +15,20 @@ import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from conftest import TOKENIZER, save_model, tiny_model
-from limbeck import DistillationTrainer, LocalTeacher, TeacherCache
+from limbeck import DistillationTrainer, LocalTeacher, SparseTargets, TeacherCache
 from limbeck.config import DatasetConfig, Recipe, TernaryConfig
 from limbeck.data.sources import open_source
 from limbeck.data.tokenizer import _refuse_large_ids, load_tokenizer, train_tokenizer
-from limbeck.errors import LimbeckError
+from limbeck.errors import LimbeckError, MismatchError
 from limbeck.evaluation.fidelity import table
 from limbeck.evaluation.run import evaluate_recipe
-from limbeck.export.gguf import GGUFExport
+from limbeck.export.blocks import BLOCK_TYPES
+from limbeck.export.gguf import _FILE_TYPES, GGUFExport
+from limbeck.export.inspect import describe
 from limbeck.export.verify import compare_with_llama_cpp
 from limbeck.models import load_causal_lm
 from limbeck.students.build import make_ternary
+from limbeck.students.quantizer import PackedWeight
 from limbeck.teachers.build_cache import build_cache
 from limbeck.training.guard import StepGuard
 from limbeck.training.stages import train
@@ -116,6 +120,32 @@ def test_the_table_shows_what_there_is_and_a_dash_for_the_rest():
     }  # fmt: skip
 
 
+def test_models_and_rows_of_other_tokenizers_are_not_scored(recipe_tree, recipe, packed, teacher_folder, monkeypatch):
+    import limbeck.evaluation.run as module
+
+    def bent(*given, **named):
+        model = load_causal_lm(*given, **named)
+        plain = model.forward
+
+        def forward(*args, **kwargs):
+            outputs = plain(*args, **kwargs)
+            outputs.logits = outputs.logits.abs()
+            return outputs
+
+        model.forward = forward
+        return model
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "load_causal_lm", bent)
+        with pytest.raises(LimbeckError, match="logits"):
+            evaluate_recipe(recipe, {"student": str(teacher_folder)})
+    manifest = json.loads((recipe.packed_dir / "manifest.json").read_text())
+    changed = {**manifest, "tokenizer": {**manifest["tokenizer"], "hash": "0" * 16}}
+    (recipe.packed_dir / "manifest.json").write_text(json.dumps(changed))
+    with pytest.raises(LimbeckError, match="tokenizer"):
+        evaluate_recipe(recipe, {"student": str(teacher_folder)})
+
+
 # -- export ---------------------------------------------------------------------------------------------
 
 
@@ -184,6 +214,25 @@ def test_a_file_says_whether_texts_begin_and_end_with_special_tokens(tmp_path):
         assert fields["tokenizer.ggml.pre"].contents() == "gpt-2"
 
 
+def test_blocks_are_ggmls():
+    for name in ("tq1_0", "tq2_0", "q4_0"):  # q2_0 is newer than the package
+        kind = BLOCK_TYPES[name]
+        known = gguf.GGMLQuantizationType[name.upper()]
+        assert (kind.number, kind.columns, kind.bytes) == (int(known), *gguf.GGML_QUANT_SIZES[known])
+        assert _FILE_TYPES[name] == getattr(gguf.LlamaFileType, f"MOSTLY_{name.upper()}")
+    assert _FILE_TYPES["f16"] == gguf.LlamaFileType.MOSTLY_F16
+    assert (BLOCK_TYPES["q2_0"].columns, BLOCK_TYPES["q2_0"].bytes) == (64, 2 + 64 // 4)
+
+
+def test_a_described_file_has_a_line_a_tensor():
+    tensor = {"name": "a.weight", "type": "F16", "shape": [4, 2], "bytes": 16, "bits_per_weight": 16.0}
+    found = {"file": "x", "bytes": 99, "architecture": "llama", "weights": 8, "bits_per_weight": 16.0, "metadata": {},
+             "tensors": [tensor, {**tensor, "name": "b"}]}  # fmt: skip
+    lines = describe(found).splitlines()
+    assert sum("16 bytes  16 bits/weight" in line for line in lines) == 2
+    assert any(line.startswith("a.weight  F16") for line in lines)
+
+
 # -- students -------------------------------------------------------------------------------------------
 
 
@@ -224,6 +273,12 @@ def test_grouped_products_are_used_for_the_widths_they_take(monkeypatch, width, 
     assert set(used) == {"grouped_mm" if grouped else "batched_mm"}
 
 
+def test_packed_experts_have_groups_along_their_inputs():
+    held = PackedWeight(torch.Size([3, 20, 32]), 16)
+    assert held.codes.shape == (3, 20, 8)
+    assert held.scales.shape == (3, 20, 2)
+
+
 # -- targets --------------------------------------------------------------------------------------------
 
 
@@ -243,6 +298,23 @@ def test_a_caches_targets_come_with_the_data(recipe, packed, tmp_path):
     with pytest.raises(IndexError, match=r"row 999 of \d+"):
         cache.read([999])
     assert not LocalTeacher(tiny_model(), top_k=4).in_workers
+
+
+def test_a_positions_tail_is_its_own():
+    targets = SparseTargets.from_logits(
+        4.0 * torch.randn(64, 300, generator=torch.Generator().manual_seed(0)), 280, (1.0, 2.0)
+    )
+    together = targets.at_temperature(2.0)
+    for i in range(64):
+        for mine, alone in zip(together, targets[slice(i, i + 1)].at_temperature(2.0), strict=True):
+            assert torch.equal(mine[i : i + 1], alone)
+
+
+def test_a_split_that_is_not_cached_is_named(recipe, packed):
+    teacher = recipe.teacher.model_copy(update={"splits": ["train"]})
+    build_cache(recipe.model_copy(update={"teacher": teacher}), recipe.cache_dir)
+    with pytest.raises(MismatchError, match="holds the splits train and not validation"):
+        TeacherCache(recipe.cache_dir, "validation")
 
 
 # -- checkpoints ----------------------------------------------------------------------------------------
@@ -282,6 +354,16 @@ def test_the_guard_looks_at_the_last_twenty_steps(tmp_path):
     assert not any("gradient norm went from" in cause for cause in causes), "the first step is long ago"
     guard.check(41, 50.0, model, args, False)
     assert any("went from 1 to 50 in the last 20 steps" in cause for cause in guard._causes(42, model, args, True))
+
+
+def test_the_guard_says_what_is_wrong_with_the_weights():
+    guard, args = StepGuard(), SimpleNamespace(learning_rate=0.1, warmup_steps=3, fp16=False, max_grad_norm=0)
+    model = torch.nn.Linear(2, 2)
+    for value, words in ((math.nan, "not finite after step 6"), (1e9, "the largest weight is 1e+09"), (0.1, "")):
+        torch.nn.init.constant_(model.weight, value)
+        causes = guard._causes(7, model, args, True)
+        assert any(words in cause for cause in causes)
+        assert sum("weight" in cause for cause in causes) == bool(words)
 
 
 def test_a_run_without_optimizer_state_estimates_its_size_by_its_weights(packed, tmp_path):

@@ -334,6 +334,14 @@ def test_null_is_left_out_and_counted_in_every_format(tmp_path):
         list(open_source(DatasetConfig(name=str(tmp_path / "d.parquet"))).documents())
 
 
+def test_a_name_that_is_not_utf8_is_refused(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.txt").write_text("text")
+    (tmp_path / "a" / os.fsdecode(b"caf\xe9.txt")).write_text("text")
+    with pytest.raises(LimbeckError, match="has a name that is not UTF-8"):
+        list(open_source(DatasetConfig(name=str(tmp_path / "a"))).documents())
+
+
 def test_a_name_that_is_not_utf8_is_one_line(tmp_path):
     folder = tmp_path / "texts"
     folder.mkdir()
@@ -355,7 +363,14 @@ def test_ids_that_no_vocabulary_has_are_refused_before_they_are_loaded(tmp_path)
         path.write_text(json.dumps(data))
         with pytest.raises(LimbeckError, match=f"has the id {number}"):
             load_tokenizer(str(folder))
+    for other in ([], {"model": 3}, {"added_tokens": []}):
+        path.write_text(json.dumps(other))
+        with pytest.raises(LimbeckError, match="is no tokenizer.json"):
+            load_tokenizer(str(folder))
     del data["model"]["vocab"]["zzz"]
+    path.write_text(json.dumps({**data, "added_tokens": 5}))
+    with pytest.raises(LimbeckError, match="has the id None"):
+        load_tokenizer(str(folder))
     data["added_tokens"].append({**data["added_tokens"][0], "id": 1 << 31, "content": "<x>"})
     path.write_text(json.dumps(data))
     with pytest.raises(LimbeckError, match="has the id 2147483648"):
@@ -453,6 +468,10 @@ def test_a_dummy_prefix_is_no_text(tmp_path):
     tokenizer = load_tokenizer(str(tmp_path / "t"))
     assert tokenizer.dummy_prefix == (1, 1)
     assert load_tokenizer(TOKENIZER).dummy_prefix is None
+    plain = PreTrainedTokenizerFast(tokenizer_object=llama_2(prefix=False), bos_token="<s>", eos_token="<e>")
+    plain.save_pretrained(tmp_path / "plain")
+    assert plain("a")["input_ids"][0] == 1
+    assert load_tokenizer(str(tmp_path / "plain")).dummy_prefix is None
     texts = ["the old still", "naïve 東京", "a"]
     (tmp_path / "x.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     config = DatasetConfig(name=str(tmp_path / "x.jsonl"), max_length=64, validation_fraction=0.0)

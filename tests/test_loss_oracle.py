@@ -15,6 +15,7 @@ from limbeck import SparseTargets, fused_distillation_loss
 from limbeck.errors import ConfigError, MismatchError
 from limbeck.losses import fused
 from limbeck.losses.dense import dense_distillation_loss
+from limbeck.losses.divergences import whole_kl
 from limbeck.losses.router import Routing, router_losses
 from limbeck.targets.sampling import sample_targets
 
@@ -489,3 +490,18 @@ def test_a_router_that_is_sure_has_an_entropy_and_its_gradient(sigmoid):
     (theirs,) = torch.autograd.grad(entropy, z)
     (mine,) = torch.autograd.grad(found.aux + 0.0 * found.load_balance, z)
     close(mine, theirs, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(7, 7), (7, 9), (9, 7)])
+def test_whole_distributions_of_two_widths(ours, theirs):
+    """Ids that one side lacks have probability 0 there: nothing where the teacher lacks them, much otherwise."""
+    generator = torch.Generator().manual_seed(0)
+    log_q = torch.randn(3, ours, generator=generator, dtype=torch.float64).log_softmax(-1)
+    log_p = torch.randn(3, theirs, generator=generator, dtype=torch.float64).log_softmax(-1)
+    shared = min(ours, theirs)
+    expected = (log_p[:, :shared].exp() * (log_p[:, :shared] - log_q[:, :shared])).sum()
+    found = whole_kl(log_p, log_q)
+    if theirs > ours:
+        assert float(found - expected) > 100.0
+    else:
+        close(found, expected)

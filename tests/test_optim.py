@@ -374,6 +374,7 @@ FUSED = {
         {"mlp.input_linear.weight": 64, "mlp.output_linear.weight": 0},
     ),
     "deepseek_v2": (LATENT, {"self_attn.q_proj.weight": 24, "self_attn.kv_b_proj.weight": 0}),
+    "opt": ({"head_dim": None, "word_embed_proj_dim": 32, "ffn_dim": 48}, {"self_attn.q_proj.weight": 16}),
     "deepseek_v3": ({**LATENT, "num_attention_heads": 1, "num_key_value_heads": 1}, {"self_attn.q_proj.weight": 0}),
 }  # fmt: skip
 
