@@ -12,15 +12,17 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from conftest import TOKENIZER, save_model, tiny_model
 from limbeck import DistillationTrainer, LocalTeacher, SparseTargets, TeacherCache
 from limbeck.config import DatasetConfig, Recipe, TernaryConfig
+from limbeck.data.dataset import PackedRows
 from limbeck.data.sources import open_source
 from limbeck.data.tokenizer import _refuse_large_ids, load_tokenizer, train_tokenizer
 from limbeck.errors import LimbeckError, MismatchError
-from limbeck.evaluation.fidelity import table
+from limbeck.evaluation.fidelity import _prefix_bytes, table
 from limbeck.evaluation.run import evaluate_recipe
 from limbeck.export.blocks import BLOCK_TYPES
 from limbeck.export.gguf import _FILE_TYPES, GGUFExport
@@ -29,10 +31,12 @@ from limbeck.export.verify import compare_with_llama_cpp
 from limbeck.models import load_causal_lm
 from limbeck.students.build import make_ternary
 from limbeck.students.quantizer import PackedWeight
+from limbeck.targets.codec import CodecSpec, decode, encode
 from limbeck.teachers.build_cache import build_cache
 from limbeck.training.guard import StepGuard
 from limbeck.training.stages import train
 from test_optim import EXPERTS
+from test_pieces import llama_2
 from test_trainer import arguments, with_changes
 
 # -- data -----------------------------------------------------------------------------------------------
@@ -79,6 +83,14 @@ def test_the_largest_id_is_the_codecs(tmp_path):
             _refuse_large_ids("t", str(folder), None)
 
 
+def test_a_begin_of_text_alone_is_no_dummy_prefix(tmp_path):
+    for prefix, found in ((False, None), (True, (1, 1))):
+        hf = PreTrainedTokenizerFast(tokenizer_object=llama_2(prefix), bos_token="<s>", eos_token="<e>")
+        hf.save_pretrained(tmp_path / "t")
+        assert hf("a")["input_ids"][0] == 1
+        assert load_tokenizer(str(tmp_path / "t")).dummy_prefix == found
+
+
 def test_a_dataset_of_the_hub_is_named_by_the_revision_asked_for(monkeypatch):
     class Hub:
         def dataset_info(self, name, revision=None):
@@ -109,6 +121,13 @@ def test_the_table_has_a_teacher_where_it_is_at_hand(recipe, packed, teacher_fol
     assert list(found) == ["student"]
     assert found["student"]["kl_to_teacher"] is None
     assert "no KL to the teacher in the table: it is remote" in caplog.text
+
+
+def test_a_prefix_counts_once_after_each_begin_of_text_that_is_scored():
+    ids = torch.tensor([[1, 5, 6, 1, 7, 1, 1, 8]])
+    rows = PackedRows(torch.arange(1), ids, torch.tensor([[0, 0, 0, 1, 1, 2, 3, 3]]))
+    assert _prefix_bytes(rows, (1, 2)) == 2 * 3
+    assert _prefix_bytes(rows, None) == 0
 
 
 def test_the_table_shows_what_there_is_and_a_dash_for_the_rest():
@@ -193,6 +212,8 @@ def test_the_comparison_with_llama_cpp_is_what_it_says(tmp_path, monkeypatch):
 
 
 def test_a_file_says_whether_texts_begin_and_end_with_special_tokens(tmp_path):
+    named = ("tq1_0", "tq2_0", "q4_0", "f16")  # q2_0 is newer than the package
+    assert [_FILE_TYPES[name] for name in named] == [gguf.LlamaFileType[f"MOSTLY_{name.upper()}"] for name in named]
     import gguf
     from tokenizers import processors
 
@@ -215,12 +236,11 @@ def test_a_file_says_whether_texts_begin_and_end_with_special_tokens(tmp_path):
 
 
 def test_blocks_are_ggmls():
+    assert all(kind.fits(2 * kind.columns, kind.columns) is None for kind in BLOCK_TYPES.values())
     for name in ("tq1_0", "tq2_0", "q4_0"):  # q2_0 is newer than the package
         kind = BLOCK_TYPES[name]
         known = gguf.GGMLQuantizationType[name.upper()]
         assert (kind.number, kind.columns, kind.bytes) == (int(known), *gguf.GGML_QUANT_SIZES[known])
-        assert _FILE_TYPES[name] == getattr(gguf.LlamaFileType, f"MOSTLY_{name.upper()}")
-    assert _FILE_TYPES["f16"] == gguf.LlamaFileType.MOSTLY_F16
     assert (BLOCK_TYPES["q2_0"].columns, BLOCK_TYPES["q2_0"].bytes) == (64, 2 + 64 // 4)
 
 
@@ -292,6 +312,7 @@ def test_a_caches_targets_come_with_the_data(recipe, packed, tmp_path):
     trainer = DistillationTrainer(tiny_model(), arguments(tmp_path), teacher=cache, train_dataset=packed)
     batch = trainer.data_collator([packed[3], packed[1]])
     expected = cache.read([3, 1]).tensors()
+    assert all(tensor.shape[:2] == (2, packed.max_length) for tensor in expected.values())
     assert all(torch.equal(batch["targets"][name], expected[name]) for name in expected)
     copied = pickle.loads(pickle.dumps(cache))
     assert torch.equal(copied.read([2]).token_ids, cache.read([2]).token_ids)
@@ -308,6 +329,16 @@ def test_a_positions_tail_is_its_own():
     for i in range(64):
         for mine, alone in zip(together, targets[slice(i, i + 1)].at_temperature(2.0), strict=True):
             assert torch.equal(mine[i : i + 1], alone)
+
+
+def test_fewer_ids_than_the_cache_has_places_for():
+    targets = SparseTargets.from_logits(torch.randn(6, 50, generator=torch.Generator().manual_seed(0)), 3, (1.0,))
+    spec = CodecSpec(5, 50, (1.0,))
+    sections = encode(targets, spec)
+    assert all(len(section) == 6 for section in sections.values())
+    found = decode(sections, spec)
+    assert (found.token_ids[:, 3:] == -1).all()
+    assert torch.equal(found.token_ids[:, :3].long(), targets.token_ids.sort(dim=-1).values.long())
 
 
 def test_a_split_that_is_not_cached_is_named(recipe, packed):

@@ -260,3 +260,10 @@ def test_a_local_teachers_targets_are_the_documents_read_alone(rows, name, atten
             )  # fmt: skip
     assert isinstance(batch, PackedRows)
     assert int((batch.labels != -100).sum()) == sum(stop - start - 1 for _, start, stop in documents(rows))
+
+
+def test_dropout_has_no_part_in_a_score(rows):
+    model = tiny_model(attention_dropout=0.5).train()
+    found = evaluate(model, rows, lengths())
+    assert not model.training
+    assert_scores(found, scores_of(tiny_model(), rows))

@@ -468,10 +468,6 @@ def test_a_dummy_prefix_is_no_text(tmp_path):
     tokenizer = load_tokenizer(str(tmp_path / "t"))
     assert tokenizer.dummy_prefix == (1, 1)
     assert load_tokenizer(TOKENIZER).dummy_prefix is None
-    plain = PreTrainedTokenizerFast(tokenizer_object=llama_2(prefix=False), bos_token="<s>", eos_token="<e>")
-    plain.save_pretrained(tmp_path / "plain")
-    assert plain("a")["input_ids"][0] == 1
-    assert load_tokenizer(str(tmp_path / "plain")).dummy_prefix is None
     texts = ["the old still", "naïve 東京", "a"]
     (tmp_path / "x.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     config = DatasetConfig(name=str(tmp_path / "x.jsonl"), max_length=64, validation_fraction=0.0)

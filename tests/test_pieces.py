@@ -153,7 +153,7 @@ def test_special_tokens_in_a_text_have_what_follows_them_as_in_the_whole(kind, s
 
 
 def test_a_long_run_of_one_character_is_whole_or_a_warning(caplog):
-    tokenizer = byte_level()
+    tokenizer = Tokenizer.from_str(load_tokenizer(TOKENIZER).json)
     text = "a" + " " * 400_000 + "b"
     found, count = in_pieces(tokenizer, text, 0, chunk=1 << 16)
     assert count > 1
