@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests"
 EQUIVALENT = TESTS / "equivalent_mutants.json"
 RECORDED = TESTS / "mutant_tests.json"  # which tests run which function: --quick has no time for a first round
-KEPT_ALIKE = 4  # tests of a function that are recorded and differ in their parameters alone, the quickest
+KEPT_ALIKE = 12  # tests of a function that are recorded and differ in their parameters alone, the quickest
 WANTED = 0.90
 # They test the documents, or teachers behind HTTP, which are not mutated, and take minutes.
 LEFT_OUT = "test_docs* test_remote* test_teacher*".split()

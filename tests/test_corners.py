@@ -214,7 +214,6 @@ def test_the_comparison_with_llama_cpp_is_what_it_says(tmp_path, monkeypatch):
 def test_a_file_says_whether_texts_begin_and_end_with_special_tokens(tmp_path):
     named = ("tq1_0", "tq2_0", "q4_0", "f16")  # q2_0 is newer than the package
     assert [_FILE_TYPES[name] for name in named] == [gguf.LlamaFileType[f"MOSTLY_{name.upper()}"] for name in named]
-    import gguf
     from tokenizers import processors
 
     folder = save_model(tiny_model(), tmp_path / "m")
