@@ -79,7 +79,9 @@ class TeacherServerConfig(Section):
     max_replies_mb: Positive = Field(
         1024.0, description="Size of all replies that are being read; more are sent away for a while."
     )
-    max_connections: PositiveInt = Field(512, description="Connections at once; more are closed as they come.")
+    max_connections: PositiveInt = Field(
+        512, description="Connections at once; for one more, the one longest without a request is closed."
+    )
 
 
 class PipelineConfig(Section):

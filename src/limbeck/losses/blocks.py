@@ -278,7 +278,7 @@ def _matches(z: Tensor, on_support: Tensor, teacher: _Teacher, tail_top: Tensor,
     """
     match = (on_support.gather(1, teacher.top1) == top) & teacher.mask[:, :1]
     equals = (on_support == top).sum(dim=1, keepdim=True) + (tail_top == top)
-    rows = (match & (equals > 1)).squeeze(1).nonzero().squeeze(1)  # an argmax of all rows takes ten times an amax
+    rows = (match & (equals > 1)).squeeze(1).nonzero().squeeze(1)  # an argmax of all rows costs far more than an amax
     if len(rows):
         ids, none, highest = teacher.ids[rows], z.shape[1], top[rows]
         first = torch.where(on_support[rows] == highest, ids, none).amin(dim=1, keepdim=True)
