@@ -1,5 +1,6 @@
 """Small things to test on: a folder of text, a recipe over it, models of a few thousand weights."""
 
+import contextlib
 import json
 import os
 import random
@@ -131,6 +132,25 @@ def limbeck(*arguments, check: bool = True, **kwargs) -> subprocess.CompletedPro
     if check:
         assert done.returncode == 0, done.stderr
     return done
+
+
+@contextlib.contextmanager
+def stopped_after(saves: int):
+    """The training inside ends, as by a kill, when it has saved so many checkpoints; afterwards all is as before."""
+    from limbeck import DistillationTrainer
+
+    original, count = DistillationTrainer._save_checkpoint, []
+
+    def dies(self, model, trial):
+        original(self, model, trial)
+        count.append(1)
+        if len(count) == saves:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DistillationTrainer, "_save_checkpoint", dies)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 def digest(folder: Path, *patterns: str) -> dict[str, str]:

@@ -23,15 +23,23 @@ from limbeck.teachers.server.load import load_served
 @contextlib.contextmanager
 def running(app):
     """Serve an ASGI app on a free port; gives the URL."""
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", access_log=False)
-    bound = config.bind_socket()
-    server = uvicorn.Server(config)
+    settings = uvicorn.Config(app, log_level="error", access_log=False)
+    with serving(settings) as (host, port):
+        yield f"http://{host}:{port}"
+
+
+@contextlib.contextmanager
+def serving(settings):
+    """Run uvicorn with these settings on a free port; gives host and port."""
+    bound = socket.socket()
+    bound.bind(("127.0.0.1", 0))
+    server = uvicorn.Server(settings)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
     thread.start()
     while not server.started:
         time.sleep(0.01)
     try:
-        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+        yield bound.getsockname()
     finally:
         server.should_exit = True
         thread.join(timeout=10)

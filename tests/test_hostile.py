@@ -9,13 +9,11 @@ import resource
 import socket
 import subprocess
 import sys
-import threading
 import time
 
 import httpx2
 import pytest
 import torch
-import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import Response
 
@@ -34,28 +32,14 @@ from limbeck.teachers.local import LocalTeacher
 from limbeck.teachers.remote import RemoteTeacher
 from limbeck.teachers.server.gate import HELD_HEADER, Gate
 from limbeck.teachers.server.run import uvicorn_settings
-from serving import limbeck_app, running
+from serving import limbeck_app, running, serving
 
 TAUS = (1.0, 2.0)
 
 
-@contextlib.contextmanager
 def guarded(app, config=None, **clocks):
     """Serve an app as `limbeck teacher serve` does; gives host and port."""
-    settings = uvicorn_settings(app, config or TeacherServerConfig(), **clocks)
-    bound = socket.socket()
-    bound.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(settings)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield bound.getsockname()
-    finally:
-        server.should_exit = True
-        thread.join(timeout=10)
-        bound.close()
+    return serving(uvicorn_settings(app, config or TeacherServerConfig(), **clocks))
 
 
 async def echo(scope, receive, send):

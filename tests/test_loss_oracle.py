@@ -116,6 +116,12 @@ def close(found, expected, rtol=1e-9, atol=1e-11):
     torch.testing.assert_close(torch.as_tensor(found).double(), expected.detach().double(), rtol=rtol, atol=atol)
 
 
+def same_gradients(mine, theirs, inputs):
+    pairs = [torch.autograd.grad(loss, inputs, retain_graph=True) for loss in (mine, theirs)]
+    for a, b in zip(*pairs, strict=True):
+        close(a, b)
+
+
 # -- the fused loss ---------------------------------------------------------------------------------------
 
 
@@ -135,9 +141,7 @@ def test_value_and_gradients_are_the_definitions(problem, name, tail, tau, k):
     close(found.ce_sum, wanted["ce"])
     close(found.divergence_sum, wanted["divergence"])
     assert int(found.num_valid) == 5
-    theirs = torch.autograd.grad(wanted["loss"] / 13.0, inputs)
-    for mine, their in zip(torch.autograd.grad(found.loss, inputs), theirs, strict=True):
-        close(mine, their)
+    same_gradients(found.loss, wanted["loss"] / 13.0, inputs)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
@@ -152,9 +156,7 @@ def test_blocks_of_a_chunk_are_the_chunk(problem, monkeypatch, rows):
     )  # fmt: skip
     wanted = oracle(capped(*inputs), LABELS, teacher, likeliest(teacher, [4] * N), tau=2.0, name="forward_kl")
     close(found.loss, wanted["loss"] / 5)
-    theirs = torch.autograd.grad(wanted["loss"] / 5, inputs)
-    for mine, their in zip(torch.autograd.grad(found.loss, inputs), theirs, strict=True):
-        close(mine, their)
+    same_gradients(found.loss, wanted["loss"] / 5, inputs)
 
 
 @pytest.mark.parametrize("tail", TAILS)
@@ -171,9 +173,7 @@ def test_supports_of_any_size_and_none_at_all(problem, name, tail, tau):
     wanted = oracle(capped(*inputs), LABELS, teacher, supports, tau=tau, name=name, tail=tail)
     close(found.loss, wanted["loss"] / 5)  # five positions have a label
     close(found.divergence_sum, wanted["divergence"])
-    theirs = torch.autograd.grad(wanted["loss"] / 5, inputs)
-    for mine, their in zip(torch.autograd.grad(found.loss, inputs), theirs, strict=True):
-        close(mine, their)
+    same_gradients(found.loss, wanted["loss"] / 5, inputs)
 
 
 @pytest.mark.parametrize("tail", TAILS)
@@ -225,9 +225,7 @@ def test_cross_entropy_alone(problem):
     wanted = torch.nn.functional.cross_entropy(capped(*inputs)[keep], LABELS[keep], reduction="sum")
     close(found.loss, wanted / 4)
     close(found.ce_sum, wanted)
-    theirs = torch.autograd.grad(wanted / 4, inputs)
-    for mine, their in zip(torch.autograd.grad(found.loss, inputs), theirs, strict=True):
-        close(mine, their)
+    same_gradients(found.loss, wanted / 4, inputs)
 
 
 def test_sampled_targets_are_the_sum_of_weighted_log_ratios(problem):
@@ -244,9 +242,7 @@ def test_sampled_targets_are_the_sum_of_weighted_log_ratios(problem):
             logit_scale=SCALE, logit_softcap=CAP, **OPTIONS,
         )  # fmt: skip
         close(found.loss, wanted["loss"] / 5)
-        theirs = torch.autograd.grad(wanted["loss"] / 5, inputs, retain_graph=True)
-        for mine, their in zip(torch.autograd.grad(found.loss, inputs), theirs, strict=True):
-            close(mine, their)
+        same_gradients(found.loss, wanted["loss"] / 5, inputs)
 
 
 @pytest.mark.parametrize("tail", TAILS)

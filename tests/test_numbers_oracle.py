@@ -15,10 +15,10 @@ from limbeck.errors import ConfigError
 from limbeck.optim.groups import build_groups, hidden_matrices
 from limbeck.optim.hybrid import HybridOptimizer
 from limbeck.optim.muon import MatrixLayout
-from limbeck.optim.schedules import Ramp, build_schedule
+from limbeck.optim.schedules import Ramp
 from limbeck.students.quantizer import to_float8
 from limbeck.students.ternary import TernaryLinear, TernaryState, apply_ternary, quantise, round_activations
-from test_optim import EXPERTS
+from test_optim import EXPERTS, rates
 
 
 def close(found, expected, rtol=1e-5, atol=1e-6):
@@ -162,18 +162,6 @@ def test_matrices_inside_fused_projections():
     whole = hidden_matrices(tiny_model(), split_heads=False)
     assert len(whole) == 7
     assert set(whole.values()) == {MatrixLayout(0)}
-
-
-def rates(kind, total, warmup, **changes):
-    options = {"decay_ratio": 0.25, "decay_type": "linear", "min_lr_ratio": 0.0, **changes}
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    schedule = build_schedule(optimizer, kind, total, warmup, **options)
-    found = []
-    for _ in range(total):
-        found.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    return found
 
 
 def test_schedules_end_where_they_are_told_to():

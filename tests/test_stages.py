@@ -6,13 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import limbeck
+from conftest import limbeck, stopped_after
 from limbeck.config import Recipe
 from limbeck.errors import ConfigError, LimbeckError
 from limbeck.pipeline import build_nodes, run_pipeline
 from limbeck.recipe import load_recipe
 from limbeck.students.build import build_student
-from limbeck.training.trainer import DistillationTrainer
 from test_trainer import with_changes
 
 CURRICULUM = {
@@ -88,24 +87,14 @@ def test_a_changed_stage_leaves_those_before_it(curriculum):
 
 
 @pytest.mark.parametrize("saves", [2, 5])
-def test_resume_lands_inside_the_right_stage(curriculum, recipe_tree, tmp_path, monkeypatch, saves):
+def test_resume_lands_inside_the_right_stage(curriculum, recipe_tree, tmp_path, saves):
     """Stopped after the second or fifth save: inside ce, inside kd."""
     run_pipeline(curriculum, "train")
     whole = finals(curriculum.student_dir)
     tree = json.loads(curriculum.model_dump_json(exclude_unset=True))
     cut = Recipe.model_validate({**tree, "output_dir": str(tmp_path / "cut")})
-    original, count = DistillationTrainer._save_checkpoint, []
-
-    def dies(self, model, trial):
-        original(self, model, trial)
-        count.append(1)
-        if len(count) == saves:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(DistillationTrainer, "_save_checkpoint", dies)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_after(saves):
         run_pipeline(cut, "train")
-    monkeypatch.setattr(DistillationTrainer, "_save_checkpoint", original)
     assert (cut.student_dir / "kd").exists() == (saves == 5)
     run_pipeline(cut, "train")
     assert finals(cut.student_dir) == whole

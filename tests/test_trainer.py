@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import tiny_model
+from conftest import stopped_after, tiny_model
 from limbeck import DistillationArguments, DistillationTrainer, LocalTeacher, TeacherCache
 from limbeck.config import Recipe, SamplingConfig
 from limbeck.data.dataset import PackedRows
@@ -168,25 +168,13 @@ def test_cached_and_local_teachers_train_the_same_student(recipe, packed, teache
     assert losses[0] == pytest.approx(losses[1], abs=2e-3)
 
 
-def test_a_resumed_run_ends_with_the_same_bytes(recipe_tree, recipe, packed, tmp_path, monkeypatch):
+def test_a_resumed_run_ends_with_the_same_bytes(recipe_tree, recipe, packed, tmp_path):
     settings = {"max_steps": 6, "save_steps": 2, "eval_steps": 2, "use_cached_logits": False}
     training = {**recipe_tree["training"], **{k: v for k, v in settings.items() if k != "use_cached_logits"}}
     recipe = with_changes(recipe_tree, training=training, teacher={"use_cached_logits": False})
     train(recipe, tmp_path / "whole")
-    original = DistillationTrainer._save_checkpoint
-    saved = 0
-
-    def dies(self, model, trial):
-        nonlocal saved
-        original(self, model, trial)
-        saved += 1
-        if saved == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(DistillationTrainer, "_save_checkpoint", dies)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_after(saves=2):
         train(recipe, tmp_path / "cut")
-    monkeypatch.setattr(DistillationTrainer, "_save_checkpoint", original)
     (tmp_path / "cut" / "step_5").mkdir()  # half a checkpoint, as a kill would leave it
     train(recipe, tmp_path / "cut")
     for name in ("final/model.safetensors", "best/model.safetensors"):
@@ -361,27 +349,16 @@ def test_a_better_older_checkpoint_outlives_the_rotation(packed, tmp_path):
     assert all(torch.equal(best[name], second[name]) for name in second)
 
 
-def test_a_start_from_elsewhere_that_is_killed_twice_ends_as_undisturbed(recipe_tree, packed, tmp_path, monkeypatch):
+def test_a_start_from_elsewhere_that_is_killed_twice_ends_as_undisturbed(recipe_tree, packed, tmp_path):
     """`resume_from` holds for the first start alone; what is killed afterwards goes on from its own checkpoints."""
     base = {**recipe_tree["training"], "mode": "ce", "save_steps": 1, "save_total_limit": None, "max_steps": 2}
     train(with_changes(recipe_tree, training=base), tmp_path / "first")
     changed = {**base, "max_steps": 6, "learning_rate": 5e-3, "resume_from": str(tmp_path / "first" / "step_2")}
     recipe = with_changes(recipe_tree, training=changed)
     train(recipe, tmp_path / "whole")
-    original = DistillationTrainer._save_checkpoint
-    for after in (1, 2):  # killed after one save, then after two more
-        saved = []
-
-        def dies(self, model, trial, saved=saved, after=after):
-            original(self, model, trial)
-            saved.append(1)
-            if len(saved) == after:
-                raise KeyboardInterrupt
-
-        monkeypatch.setattr(DistillationTrainer, "_save_checkpoint", dies)
-        with pytest.raises(KeyboardInterrupt):
+    for saves in (1, 2):  # killed after one save, then after two more
+        with stopped_after(saves):
             train(recipe, tmp_path / "cut")
-    monkeypatch.setattr(DistillationTrainer, "_save_checkpoint", original)
     train(recipe, tmp_path / "cut")
     lines = [json.loads(line) for line in (tmp_path / "cut" / "provenance.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 3, 5]
