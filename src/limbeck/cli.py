@@ -167,24 +167,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name, rest = _find_command(words)
         return _execute(name, [word for word in rest if word != "--json"], as_json)
     except LimbeckError as error:
-        sys.stderr.write(f"error: {error}\n")
-        if as_json:
-            sys.stdout.write(json.dumps({"error": str(error), "exit_code": error.exit_code}) + "\n")
-        return error.exit_code
+        return _failed(str(error), error.exit_code, as_json)
     except Exception as error:
         from limbeck.storage import disk_problem
 
         problem = disk_problem(error)
         if problem is None:
             raise
-        message = f"a file {problem}. Make room, or choose a folder that can be written."
-        sys.stderr.write(f"error: {message}\n")
-        if as_json:
-            sys.stdout.write(json.dumps({"error": message, "exit_code": 1}) + "\n")
-        return 1
+        return _failed(f"a file {problem}. Make room, or choose a folder that can be written.", 1, as_json)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; run the same command again to continue\n")
         return 130
+
+
+def _failed(message: str, exit_code: int, as_json: bool) -> int:
+    sys.stderr.write(f"error: {message}\n")
+    if as_json:
+        sys.stdout.write(json.dumps({"error": message, "exit_code": exit_code}) + "\n")
+    return exit_code
 
 
 def console() -> NoReturn:

@@ -246,21 +246,6 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     return whole
 
 
-def require_shard(path: Path, told: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Refuse a shard that says of itself something else than its folder's manifest says of it.
-
-    Raises:
-        CorruptError: names the first difference; a shard of an earlier limbeck says nothing.
-    """
-    for key, value in wanted.items():
-        if told.get(key) != value:
-            raise CorruptError(
-                f"{path} says {key} {told.get(key)} of itself, and by the manifest it should be {value}: the manifest "
-                "was edited, shards were exchanged, or another version wrote it. Make "
-                f"{path.parent} again with --force."
-            )
-
-
 def inside(folder: Path, name: str) -> Path:
     """`folder / name`, refused when `name` (read from a manifest) would leave the folder."""
     path = (folder / name).resolve()

@@ -8,7 +8,7 @@ Shapes: B rows, T tokens in a row.
 
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 
 from limbeck.data.tokenizer import LoadedTokenizer, require_same
 from limbeck.errors import CorruptError, MismatchError
-from limbeck.storage import fingerprint, inside, read_manifest, require_shard, sha256_file_cached
+from limbeck.storage import fingerprint, inside, read_manifest, sha256_file_cached
 
 IGNORE = -100
 #: The key under which a shard, Parquet or HDF5, says which rows it holds.
@@ -102,11 +102,7 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         self._total = int(self._starts[-1])
         self._length = min(self._total, max_rows or self._total)
         self._files: dict[int, Any] = {}
-        for number, shard in enumerate(self._shards):
-            check_file(self.folder, shard["file"], shard["sha256"])
-            wanted = shard_facts(split, int(self._starts[number]), shard["rows"], self.max_length)
-            require_shard(self.folder / shard["file"], self._facts(number), wanted)
-            self._files.pop(number).close()  # a large dataset has more shards than a process may have files
+        check_shards(self.folder, self._shards, self._facts, split=split, max_length=self.max_length)
         self._memory: np.ndarray | None = None
         self._groups: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
 
@@ -162,11 +158,14 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, Any]]):
                 self._groups.popitem(last=False)
         return np.array(self._groups[shard, group][offset])
 
-    def _facts(self, number: int) -> dict[str, Any]:
+    @staticmethod
+    def _facts(path: Path) -> dict[str, Any]:
         """What a shard says of itself; its rows are counted."""
-        file = self._open(number)
-        told = (file.schema_arrow.metadata or {}).get(SHARD_FACTS.encode())
-        return {**(json.loads(told) if told else {}), "rows": file.metadata.num_rows}
+        import pyarrow.parquet as pq
+
+        with pq.ParquetFile(path) as file:
+            told = (file.schema_arrow.metadata or {}).get(SHARD_FACTS.encode())
+            return {**(json.loads(told) if told else {}), "rows": file.metadata.num_rows}
 
     def _open(self, number: int) -> Any:
         import pyarrow.parquet as pq
@@ -200,3 +199,32 @@ def check_file(folder: Path, name: str, sha256: str) -> None:
             f"{path} is damaged: its SHA-256 is {found[:12]} and the manifest says {sha256[:12]}. "
             f"Make {folder} again with --force."
         )
+
+
+def check_shards(
+    folder: Path, shards: list[dict[str, Any]], facts: Callable[[Path], dict[str, Any]], **common: Any
+) -> None:
+    """Refuse shards that are missing, altered, or say of themselves something else than the manifest says of them.
+
+    Args:
+        folder: where they lie.
+        shards: their records in the manifest, in the order of their rows.
+        facts: reads what a shard says of itself, and closes it again: there may be more than a process may open.
+        common: what all of them should say.
+
+    Raises:
+        CorruptError: names the first difference; a shard of an earlier limbeck says nothing.
+    """
+    first_row = 0
+    for shard in shards:
+        check_file(folder, shard["file"], shard["sha256"])
+        path = folder / shard["file"]
+        told, wanted = facts(path), {"first_row": first_row, "rows": shard["rows"], **common}
+        for key, value in wanted.items():
+            if told.get(key) != value:
+                raise CorruptError(
+                    f"{path} says {key} {told.get(key)} of itself, and by the manifest it should be {value}: the "
+                    f"manifest was edited, shards were exchanged, or another version wrote it. Make {folder} again "
+                    "with --force."
+                )
+        first_row += shard["rows"]

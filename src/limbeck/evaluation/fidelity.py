@@ -20,7 +20,7 @@ import torch
 from limbeck.console import progress
 from limbeck.data.dataset import IGNORE, PackedDataset, PackedRows
 from limbeck.errors import LimbeckError
-from limbeck.losses.divergences import whole_kl
+from limbeck.losses.divergences import same_width, whole_kl
 from limbeck.models import OutputHead, last_hidden_states
 
 _CHUNK_BYTES = 8 << 20
@@ -165,13 +165,10 @@ def _now(model: Any) -> float:
 
 def _fidelity(log_p: torch.Tensor, log_q: torch.Tensor, top_k: int) -> torch.Tensor:
     """[4]: KL(p ‖ q), top-1 matches, and the two masses on p's likeliest ids, summed over positions."""
-    width = max(log_p.shape[1], log_q.shape[1])
-    log_p, log_q = (
-        torch.nn.functional.pad(x, (0, width - x.shape[1]), value=-math.inf) for x in (log_p, log_q)
-    )  # padded vocabularies: probability 0 on the narrower side
+    log_p, log_q = same_width(log_p, log_q)
     kl = whole_kl(log_p, log_q)
     matches = (log_p.argmax(dim=-1) == log_q.argmax(dim=-1)).sum()
-    support = log_p.topk(min(top_k, width), dim=-1).indices
+    support = log_p.topk(min(top_k, log_p.shape[1]), dim=-1).indices
     masses = [x.gather(1, support).exp().sum(dtype=torch.float64) for x in (log_p, log_q)]
     return torch.tensor([float(kl), float(matches), *map(float, masses)], dtype=torch.float64)
 

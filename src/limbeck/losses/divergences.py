@@ -81,13 +81,18 @@ DIVERGENCES: dict[str, Callable[[float, float], DivergenceFn]] = {
 }
 
 
-def whole_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p ‖ q) of whole distributions `[N, V]`, summed over positions in float64.
+def same_width(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities `[N, V]` over one vocabulary: ids that only one side has get probability 0 on the other."""
+    missing = log_p.shape[-1] - log_q.shape[-1]
+    if missing > 0:
+        log_q = torch.nn.functional.pad(log_q, (0, missing), value=-math.inf)
+    elif missing < 0:
+        log_p = torch.nn.functional.pad(log_p, (0, -missing), value=-math.inf)
+    return log_p, log_q
 
-    Ids that only one side has are padding: probability 0 on the other.
-    """
-    width = max(log_p.shape[-1], log_q.shape[-1])
-    log_p, log_q = (torch.nn.functional.pad(x, (0, width - x.shape[-1]), value=-math.inf) for x in (log_p, log_q))
+
+def whole_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p ‖ q) of whole distributions over one vocabulary, `[N, V]`, summed over positions in float64."""
     p = log_p.exp()
     # Below any logarithm of a float32 softmax, so that only a probability of 0 is changed.
     return torch.where(p > 0.0, p * (log_p - log_q.clamp_min(-1e4)), 0.0).sum(dtype=torch.float64)

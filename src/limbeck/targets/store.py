@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from limbeck.data.dataset import SHARD_FACTS, PackedDataset, PackedRows, check_file, shard_facts
+from limbeck.data.dataset import SHARD_FACTS, PackedDataset, PackedRows, check_shards, shard_facts
 from limbeck.errors import CorruptError, LimbeckError, MismatchError
-from limbeck.storage import commit_file, inside, read_json, read_manifest, require_shard, sha256_file, write_json
+from limbeck.storage import commit_file, inside, read_json, read_manifest, sha256_file, write_json
 from limbeck.targets.codec import CODEC_VERSION, CodecSpec, RoundTrip, decode, encode, measure
 from limbeck.targets.sparse import SparseTargets, concatenate
 
@@ -147,11 +147,8 @@ class TeacherCache:
         self.length = int(self.manifest["max_length"])
         self._open_files: dict[int, Any] = {}
         self._owner = os.getpid()
-        for number, shard in enumerate(self._shards):
-            check_file(self.folder, shard["file"], shard["sha256"])
-            wanted = shard_facts(split, int(self._starts[number]), shard["rows"], self.length)
-            require_shard(self.folder / shard["file"], self._facts(number), {**wanted, "codec": self.manifest["codec"]})
-            self._open_files.pop(number).close()  # a large cache has more shards than a process may have files
+        common = {"split": split, "max_length": self.length, "codec": self.manifest["codec"]}
+        check_shards(self.folder, self._shards, self._facts, **common)
 
     def __len__(self) -> int:
         """Number of cached rows."""
@@ -210,11 +207,13 @@ class TeacherCache:
         targets = decode(sections, self.spec)
         return targets.with_tensors({name: tensor.unsqueeze(0) for name, tensor in targets.tensors().items()})
 
-    def _facts(self, shard: int) -> dict[str, Any]:
+    def _facts(self, path: Path) -> dict[str, Any]:
         """What a shard says of itself; its rows are counted."""
-        file = self._file(shard)
-        told = file.attrs.get(SHARD_FACTS)
-        return {**(json.loads(told) if told else {}), "rows": len(file["levels"]) // self.length}
+        import h5py
+
+        with h5py.File(path, "r") as file:
+            told = file.attrs.get(SHARD_FACTS)
+            return {**(json.loads(told) if told else {}), "rows": len(file["levels"]) // self.length}
 
     def _file(self, shard: int) -> Any:
         if self._owner != os.getpid():  # a forked worker: HDF5 handles do not survive a fork

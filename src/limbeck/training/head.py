@@ -15,7 +15,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from limbeck.data.dataset import IGNORE
 from limbeck.errors import ConfigError
-from limbeck.losses.divergences import whole_kl
+from limbeck.losses.divergences import same_width, whole_kl
 from limbeck.losses.fused import FusedLossOutput, fused_distillation_loss
 from limbeck.losses.router import RouterLosses, RouterTap, Routing, router_losses
 from limbeck.models import LogitTransform, OutputHead, head_replaced, verified_transform
@@ -139,7 +139,7 @@ def _kl_sum(hidden: torch.Tensor, model: Any, transform: LogitTransform, request
         log_p = reference.log_probs(part).to(hidden.device)
         if log_p.shape[-1] > head.vocab_size:  # ids that stand for no token of the student's, as in its targets
             log_p = log_p[..., : head.vocab_size].log_softmax(dim=-1)
-        total += whole_kl(log_p, head.log_probs(flat[part]))
+        total += whole_kl(*same_width(log_p, head.log_probs(flat[part])))
     return total
 
 

@@ -113,3 +113,7 @@ class OncePerSecond(logging.Filter):
             self._last.clear()
         self._last[record.msg] = now
         return True
+
+
+#: One for the process: a logger takes the same filter once.
+once_per_second = OncePerSecond()

@@ -65,7 +65,7 @@ def uvicorn_settings(app: Any, config: TeacherServerConfig, **clocks: float) -> 
 
     import uvicorn
 
-    from limbeck.teachers.server.connection import OncePerSecond, connection_class
+    from limbeck.teachers.server.connection import connection_class, once_per_second
 
     settings = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=30,
@@ -73,7 +73,7 @@ def uvicorn_settings(app: Any, config: TeacherServerConfig, **clocks: float) -> 
         http=connection_class(config.max_connections, **clocks),
     )  # fmt: skip
     for name in ("uvicorn.error", "asyncio"):
-        logging.getLogger(name).addFilter(OncePerSecond())
+        logging.getLogger(name).addFilter(once_per_second)
     return settings
 
 
