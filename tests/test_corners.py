@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 from contextlib import nullcontext
 from functools import partial
@@ -12,24 +13,25 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from conftest import TOKENIZER, save_model, tiny_model
+from conftest import TINY, TOKENIZER, save_model, stopped_after, tiny_model
 from limbeck import DistillationTrainer, LocalTeacher, SparseTargets, TeacherCache
-from limbeck.config import DatasetConfig, Recipe, TernaryConfig
-from limbeck.data.dataset import PackedRows
+from limbeck.config import DatasetConfig, Recipe, StudentConfig, TernaryConfig
+from limbeck.data.dataset import PackedDataset, PackedRows
 from limbeck.data.sources import open_source
 from limbeck.data.tokenizer import _refuse_large_ids, load_tokenizer, train_tokenizer
-from limbeck.errors import LimbeckError, MismatchError
+from limbeck.errors import ConfigError, LimbeckError, MismatchError
 from limbeck.evaluation.fidelity import _prefix_bytes, table
 from limbeck.evaluation.run import evaluate_recipe
 from limbeck.export.blocks import BLOCK_TYPES
 from limbeck.export.gguf import _FILE_TYPES, GGUFExport
 from limbeck.export.inspect import describe
-from limbeck.export.verify import compare_with_llama_cpp
+from limbeck.export.verify import compare_with_llama_cpp, held_out_rows
 from limbeck.models import load_causal_lm
-from limbeck.students.build import make_ternary
+from limbeck.students.build import build_student, make_ternary
 from limbeck.students.quantizer import PackedWeight
 from limbeck.targets.codec import CodecSpec, decode, encode
 from limbeck.teachers.build_cache import build_cache
@@ -37,7 +39,7 @@ from limbeck.training.guard import StepGuard
 from limbeck.training.stages import train
 from test_optim import EXPERTS
 from test_pieces import llama_2
-from test_trainer import arguments, with_changes
+from test_trainer import arguments, distributions, student_and_teacher, with_changes
 
 # -- data -----------------------------------------------------------------------------------------------
 
@@ -234,6 +236,57 @@ def test_a_file_says_whether_texts_begin_and_end_with_special_tokens(tmp_path):
         assert fields["tokenizer.ggml.pre"].contents() == "gpt-2"
 
 
+def test_a_files_tokens_say_what_they_are(tmp_path):
+    """Special ones control, added ones are the user's, and rows beyond the tokenizer's stand for no text."""
+    from tokenizers import AddedToken
+    from transformers import AutoTokenizer
+
+    folder = save_model(tiny_model(vocab_size=4104), tmp_path / "m")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([AddedToken("plainly_added")])
+    tokenizer.save_pretrained(folder)
+    GGUFExport(folder).write(tmp_path / "m.gguf")
+    fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
+    tokens, types = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type"))
+    kinds = gguf.TokenType
+    assert (len(tokens), len(types)) == (4104, 4104)
+    assert (tokens[4096], types[4096]) == ("plainly_added", kinds.USER_DEFINED)
+    assert (tokens[4100], types[4097:]) == ("[PAD4100]", [kinds.UNUSED] * 7)
+    assert types[tokens.index("<|endoftext|>")] == kinds.CONTROL
+    assert types.count(kinds.NORMAL) == 4096 - types.count(kinds.CONTROL)
+    assert fields["general.quantization_version"].contents() == gguf.GGML_QUANT_VERSION
+
+
+@pytest.mark.parametrize(("rest", "dtype"), [("bf16", "BF16"), ("f16", "F16"), ("f32", "F32")])
+def test_what_is_not_ternary_is_as_precise_as_asked(tmp_path, rest, dtype):
+    from safetensors import safe_open
+
+    from limbeck.export.packed import export_packed
+    from limbeck.export.source import Source
+
+    model = tiny_model()
+    make_ternary(model, TernaryConfig(group_size=8))
+    export_packed(Source.open(save_model(model, tmp_path / "final")), tmp_path / "packed", rest)
+    with safe_open(tmp_path / "packed" / "model.safetensors", "pt") as file:
+        kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    assert {kind for name, kind in kinds.items() if name.endswith(".codes")} == {"U8"}
+    assert {kind for name, kind in kinds.items() if not name.endswith((".codes", ".scales"))} == {dtype}
+    written = json.loads((tmp_path / "packed" / "config.json").read_text())
+    assert written["dtype"] == {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}[dtype]
+
+
+def test_as_many_held_out_rows_as_hold_the_tokens_asked_for(recipe, packed, tmp_path):
+    whole = PackedDataset(recipe.packed_dir, "validation")
+    recipe.packed_dir.rename(tmp_path / "data")
+    length = whole.max_length
+    for count, rows in ((1, 1), (length, 1), (length + 1, 2), (10**9, len(whole))):
+        found = held_out_rows(tmp_path / "student" / "final", count)
+        assert found.tolist() == [
+            PackedDataset(tmp_path / "data", "validation")[i]["input_ids"].tolist() for i in range(rows)
+        ]
+    assert held_out_rows(tmp_path / "a" / "b" / "c" / "d", 5) is None
+
+
 def test_blocks_are_ggmls():
     assert all(kind.fits(2 * kind.columns, kind.columns) is None for kind in BLOCK_TYPES.values())
     for name in ("tq1_0", "tq2_0", "q4_0"):  # q2_0 is newer than the package
@@ -275,6 +328,29 @@ def test_shadow_students_train_and_are_saved_and_packed_ones_say_they_do_not(tmp
     ids = torch.arange(9).unsqueeze(0)
     with torch.no_grad():
         assert torch.equal(again(input_ids=ids).logits, packed(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"hiden_size": 64}, "no key 'hiden_size' for model_type llama; did you mean hidden_size"),
+    ({"vocab_size": 4095}, "vocab_size is 4095 and the tokenizer has 4096 ids"),
+    ({"hidden_size": "wide"}, "does not describe a causal LM"),
+])  # fmt: skip
+def test_a_student_that_cannot_be_built_is_told(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        build_student(StudentConfig(config={**TINY, **changes}), 4096, 0, {})
+
+
+def test_a_student_is_built_as_its_section_says():
+    special = {"eos_token_id": 3, "bos_token_id": 5}
+    config = {**TINY, "head_dim": 24, "rope_theta": 5e5, "bos_token_id": 7}
+    one, same, other = (build_student(StudentConfig(config=config), 4096, seed, special) for seed in (1, 1, 2))
+    assert (one.config.vocab_size, one.config.eos_token_id, one.config.bos_token_id) == (4096, 3, 7)
+    assert one.model.layers[0].self_attn.q_proj.weight.shape == (48, 32)
+    assert torch.equal(one.lm_head.weight, same.lm_head.weight)
+    assert not torch.equal(one.lm_head.weight, other.lm_head.weight)
+    assert not hasattr(one.config, "quantization_config")
+    ternary = build_student(StudentConfig(config=TINY, ternary=TernaryConfig(group_size=8)), 4096, 1, {})
+    assert ternary.config.quantization_config["group_size"] == 8
 
 
 @pytest.mark.parametrize(("width", "grouped"), [(16, True), (12, False)])
@@ -415,3 +491,50 @@ def test_what_a_kill_left_of_a_checkpoint_is_removed_and_whole_ones_stay(recipe_
     (folder / "step_notes.txt").write_text("mine")
     train(recipe, folder)
     assert sorted(path.name for path in folder.glob("*step_*")) == ["step_2", "step_4", "step_notes.txt"]
+
+
+def test_a_run_that_is_not_to_resume_forgets_its_checkpoints(recipe_tree, packed, tmp_path, caplog):
+    settings = {**recipe_tree["training"], "mode": "ce", "save_steps": 2}
+    folder = tmp_path / "s"
+    train(with_changes(recipe_tree, training=settings), folder)
+    (folder / "manifest.json").unlink()
+    shutil.rmtree(folder / "final")
+    with stopped_after(1):
+        train(with_changes(recipe_tree, training={**settings, "resume": False}), folder)
+    assert sorted(path.name for path in folder.glob("step_*")) == ["step_2"]
+
+
+def test_a_log_line_is_brute_force_over_its_step(packed, tmp_path):
+    """Before its first update the student is the one that was given."""
+    student, teacher = student_and_teacher()
+    rows = packed.rows(range(8))
+    trainer = DistillationTrainer(
+        student, arguments(tmp_path, max_steps=1, temperature=1.0, divergence="forward_kl"),
+        teacher=LocalTeacher(teacher, top_k=3), train_dataset=torch.utils.data.Subset(packed, range(8)),
+    )  # fmt: skip
+    labels = rows.labels[rows.labels >= 0]
+    p, q = distributions(rows, teacher, student)
+    trainer.train()
+    entry = next(e for e in trainer.state.log_history if "loss" in e)
+    top = p.topk(3, dim=-1)
+    mass, student_mass = top.values.sum(-1), q.gather(1, top.indices).sum(-1)
+    ce = -q.gather(1, labels[:, None]).log().mean()
+    kl = (top.values * (top.values / q.gather(1, top.indices)).log()).sum(-1)
+    kl = (kl + (1 - mass) * ((1 - mass) / (1 - student_mass)).log()).mean()
+    for name, expected in (
+        ("ce_loss", ce), ("kl_loss", kl), ("teacher_mass", mass.mean()), ("student_mass", student_mass.mean()),
+        ("top1_agreement", (p.argmax(-1) == q.argmax(-1)).double().mean()), ("loss", 0.5 * ce + 0.5 * kl),
+    ):  # fmt: skip
+        assert entry[name] == pytest.approx(float(expected), rel=2e-4), name
+
+
+def test_weights_that_are_no_safetensors_are_not_unpickled(recipe_tree, packed, tmp_path):
+    settings = {**recipe_tree["training"], "mode": "ce", "save_steps": 2, "max_steps": 4}
+    folder = tmp_path / "s"
+    with stopped_after(1):
+        train(with_changes(recipe_tree, training=settings), folder)
+    weights = folder / "step_2" / "model.safetensors"
+    torch.save(dict(load_file(weights)), folder / "step_2" / "pytorch_model.bin")
+    weights.unlink()
+    with pytest.raises((LimbeckError, OSError), match="safetensors"):
+        train(with_changes(recipe_tree, training=settings), folder)

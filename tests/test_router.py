@@ -224,6 +224,22 @@ def test_accumulation_weighs_the_auxiliary_by_positions(packed, tmp_path):
     assert largest_difference(*found) < 1e-5
 
 
+def test_a_share_of_the_positions_carries_its_share_of_the_router_losses():
+    model = tiny_model(**EXPERTS)
+    attach_fused_loss(model)
+    rows = PackedRows(torch.zeros(1), torch.arange(12)[None], torch.zeros(1, 12, dtype=torch.long))
+    settings = {"alpha": 0.0, "temperature": 1.0}
+
+    def loss(items):
+        request = LossRequest(rows.labels, None, settings, router=(0.3, 0.2, "z"), num_items=items)
+        return model(**rows.model_inputs("per_document"), loss_request=request)
+
+    whole, quarter = loss(None), loss(44.0)
+    expected = whole.parts.ce_sum / 11 + 0.3 * whole.router.load_balance + 0.2 * whole.router.aux
+    torch.testing.assert_close(whole.loss.double(), expected.double())
+    torch.testing.assert_close(quarter.loss, whole.loss / 4)
+
+
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "skewed_kl", "tvd"])
 @pytest.mark.parametrize("tail", ["bucket", "renormalise", "ignore"])
 @pytest.mark.parametrize("top_k", [5, None])

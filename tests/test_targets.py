@@ -32,6 +32,15 @@ def test_tempered_probabilities_and_tail_are_exact():
         torch.testing.assert_close(log_tail.exp(), 1 - expected.sum(-1))
 
 
+def test_a_tail_below_rounding_is_as_large_as_the_rounding_of_what_is_known():
+    """Two ids that hold everything: each ln 2 is known to half a rounding of float32, a share 2**-24 of itself."""
+    ids = torch.tensor([[0, 1, -1]])
+    logprobs = torch.tensor([[math.log(0.5), math.log(0.5), -math.inf]])
+    log_p, log_tail = SparseTargets(ids, logprobs, torch.zeros(1, 1), (1.0,), vocab_size=9).at_temperature(1.0)
+    torch.testing.assert_close(log_p, logprobs)
+    assert float(log_tail) == pytest.approx(math.log(math.log(2.0)) - 24 * math.log(2.0), abs=1e-5)
+
+
 def test_to_dense_sums_to_one_and_keeps_the_support():
     targets = SparseTargets.from_logits(logits_like_an_lm(4, 50).view(2, 2, 50), 7, TAUS)
     for tau in TAUS:
