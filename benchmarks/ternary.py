@@ -19,13 +19,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from common import Comparison, Span, arguments, interleaved, medians, now, ratio, report, since
-from limbeck.config import TernaryConfig
+from limbeck.config import LossConfig, TernaryConfig
 from limbeck.data.dataset import PackedRows
 from limbeck.export.gguf import GGUFExport
 from limbeck.export.packed import export_packed
 from limbeck.export.source import Source
+from limbeck.losses.objective import Batch, Context, Objectives
 from limbeck.students.build import make_ternary
-from limbeck.training.head import LossRequest, attach_fused_loss
+from limbeck.training.head import LossRequest, attach_objectives
 
 SHAPE = {
     "model_type": "llama", "hidden_size": 768, "intermediate_size": 2560, "num_hidden_layers": 12,
@@ -46,7 +47,7 @@ def new_model(ternary: bool, **changes):
 def step(model, ids: torch.Tensor) -> Span:
     rows = PackedRows(torch.arange(len(ids)), ids, torch.zeros_like(ids))
     start = now()
-    request = LossRequest(rows.labels, None, {"temperature": 1.0})
+    request = LossRequest(Batch(rows.labels), Objectives.of(Context(LossConfig())))
     model(**rows.model_inputs("packed"), loss_request=request).loss.backward()
     span = since(start)
     model.zero_grad(set_to_none=False)
@@ -80,7 +81,7 @@ def overhead(quick: bool) -> tuple[dict, dict[str, Comparison]]:
     ids = torch.randint(0, models["dense"].config.vocab_size, (2, 256), generator=torch.Generator().manual_seed(0))
     cases: dict = {"products": Products(models["dense"], ids.numel())}
     for name, model in models.items():
-        attach_fused_loss(model)
+        attach_objectives(model)
         cases[name] = lambda model=model: step(model, ids)
     interleaved(cases, 1)  # warm: gradients, allocator
     found = interleaved(cases, repeats)

@@ -134,6 +134,23 @@ def limbeck(*arguments, check: bool = True, **kwargs) -> subprocess.CompletedPro
     return done
 
 
+def loss_request(labels, targets=None, *, num_items=None, **loss):
+    """A request for the package's own objectives; the routers' losses are off unless asked for."""
+    from limbeck.config import LossConfig
+    from limbeck.losses.objective import Batch, Context, Objectives
+    from limbeck.training.head import LossRequest
+
+    config = LossConfig(**{"load_balance": 0.0, "router_aux": 0.0, **loss})
+    return LossRequest(Batch(labels, targets, num_items), Objectives.of(Context(config)))
+
+
+def rules(*pairs):
+    """`parameter_lr_multipliers` from (pattern, factor) pairs."""
+    from limbeck.config import LRMultiplier
+
+    return [LRMultiplier(pattern=pattern, lr_multiplier=factor) for pattern, factor in pairs]
+
+
 @contextlib.contextmanager
 def stopped_after(saves: int):
     """The training inside ends, as by a kill, when it has saved so many checkpoints; afterwards all is as before."""

@@ -17,6 +17,7 @@ from limbeck.losses import fused
 from limbeck.losses.dense import dense_distillation_loss
 from limbeck.losses.divergences import same_width, whole_kl
 from limbeck.losses.router import Routing, router_losses
+from limbeck.registry import DIVERGENCES, Choice
 from limbeck.targets.sampling import sample_targets
 
 N, D, V = 7, 3, 11
@@ -39,7 +40,14 @@ FORMULAS = {
     "skewed_kl": lambda p, q: kl(p, SKEW * p + (1 - SKEW) * q),
     "tvd": lambda p, q: 0.5 * (p - q).abs().sum(),
 }
-OPTIONS = {"alpha": ALPHA, "jsd_beta": BETA, "skew": SKEW}
+OPTIONS = {"alpha": ALPHA}
+
+
+def chosen(name):
+    """The divergence of that name with this file's parameters."""
+    return DIVERGENCES.build(
+        {"jsd": Choice(name="jsd", beta=BETA), "skewed_kl": Choice(name="skewed_kl", skew=SKEW)}.get(name, name)
+    )
 
 
 def capped(hidden, weight, bias):
@@ -133,7 +141,7 @@ def test_value_and_gradients_are_the_definitions(problem, name, tail, tau, k):
     inputs, teacher = problem
     targets = SparseTargets.from_logits(teacher, k, TAUS)
     found = fused_distillation_loss(
-        *inputs[:2], LABELS, targets, bias=inputs[2], temperature=tau, divergence=name, tail=tail,
+        *inputs[:2], LABELS, targets, bias=inputs[2], temperature=tau, divergence=chosen(name), tail=tail,
         logit_scale=SCALE, logit_softcap=CAP, num_items=13.0, chunk_size=3, **OPTIONS,
     )  # fmt: skip
     wanted = oracle(capped(*inputs), LABELS, teacher, likeliest(teacher, [k] * N), tau=tau, name=name, tail=tail)
@@ -167,8 +175,8 @@ def test_supports_of_any_size_and_none_at_all(problem, name, tail, tau):
     inputs, teacher = problem
     supports = likeliest(teacher, [1, 4, 2, 0, 7, V, 3])
     found = fused_distillation_loss(
-        *inputs[:2], LABELS, by_hand(teacher, supports), bias=inputs[2], temperature=tau, divergence=name, tail=tail,
-        logit_scale=SCALE, logit_softcap=CAP, **OPTIONS,
+        *inputs[:2], LABELS, by_hand(teacher, supports), bias=inputs[2], temperature=tau, divergence=chosen(name),
+        tail=tail, logit_scale=SCALE, logit_softcap=CAP, **OPTIONS,
     )  # fmt: skip
     wanted = oracle(capped(*inputs), LABELS, teacher, supports, tau=tau, name=name, tail=tail)
     close(found.loss, wanted["loss"] / 5)  # five positions have a label
@@ -184,7 +192,7 @@ def test_float32_is_the_float64_truth(problem, name, tail):
     single = [x.detach().float().requires_grad_() for x in inputs]
     found = fused_distillation_loss(
         *single[:2], LABELS, by_hand(teacher, supports, dtype=torch.float32), bias=single[2], temperature=2.0,
-        divergence=name, tail=tail, logit_scale=SCALE, logit_softcap=CAP, **OPTIONS,
+        divergence=chosen(name), tail=tail, logit_scale=SCALE, logit_softcap=CAP, **OPTIONS,
     )  # fmt: skip
     wanted = oracle(capped(*inputs), LABELS, teacher, supports, tau=2.0, name=name, tail=tail)["loss"] / 5
     close(found.loss, wanted, rtol=1e-5)
@@ -316,7 +324,7 @@ def test_a_student_sure_of_the_support_still_learns_its_tail(peak, name, tau):
     supports = [torch.tensor([7])]
     targets = by_hand(teacher, supports, dtype=torch.float32)
     found = fused_distillation_loss(
-        hidden, weight, torch.tensor([7]), targets, bias=bias, temperature=tau, divergence=name,
+        hidden, weight, torch.tensor([7]), targets, bias=bias, temperature=tau, divergence=chosen(name),
         **{**OPTIONS, "alpha": 1.0},
     )  # fmt: skip
     z = (hidden @ weight.T).double().requires_grad_()
@@ -340,7 +348,7 @@ def test_a_teacher_that_leaves_next_to_nothing(problem, name, p_tail):
     teacher[:, 5] = math.log((1 - p_tail) / p_tail * (V - 1))
     supports = [torch.tensor([5])] * N
     found = fused_distillation_loss(
-        *inputs[:2], LABELS, by_hand(teacher, supports), bias=inputs[2], temperature=1.0, divergence=name,
+        *inputs[:2], LABELS, by_hand(teacher, supports), bias=inputs[2], temperature=1.0, divergence=chosen(name),
         logit_scale=SCALE, logit_softcap=CAP, **OPTIONS,
     )  # fmt: skip
     wanted = oracle(capped(*inputs), LABELS, teacher, supports, tau=1.0, name=name)
@@ -385,7 +393,9 @@ def test_the_dense_loss_is_the_definition_twice_over(problem, name, tau, counts)
     inputs, teacher = problem
     z = capped(*inputs).detach().requires_grad_()
     supports = likeliest(teacher, counts)
-    found = dense_distillation_loss(z, LABELS, by_hand(teacher, supports), temperature=tau, divergence=name, **OPTIONS)
+    found = dense_distillation_loss(
+        z, LABELS, by_hand(teacher, supports), temperature=tau, divergence=chosen(name), **OPTIONS
+    )
     wanted = oracle(z, LABELS, teacher, supports, tau=tau, name=name)["loss"] / 5
     close(found, wanted, rtol=1e-5)
     direction = torch.randn(z.shape, generator=torch.Generator().manual_seed(2)).double()

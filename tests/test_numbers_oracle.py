@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import tiny_model
+from conftest import rules, tiny_model
 from limbeck.config import OptimizerConfig
 from limbeck.errors import ConfigError
 from limbeck.optim.groups import build_groups, hidden_matrices
@@ -118,7 +118,7 @@ def test_a_groups_settings_are_the_recipes():
     def of(learning_rate, multipliers=(), **changes):
         config = OptimizerConfig.model_validate(changes)
         adam = {"betas": (0.8, 0.9), "eps": 1e-5}
-        groups = build_groups(model, config, learning_rate, 0.1, multipliers, adam)
+        groups = build_groups(model, config, learning_rate, 0.1, rules(*multipliers), adam)
         return groups, {group["name"]: group for group in groups}
 
     _, plain = of(0.3, name="muon_adamw")

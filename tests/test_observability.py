@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from conftest import limbeck, tiny_model
+from conftest import limbeck, rules, tiny_model
 from limbeck import DistillationTrainer, LocalTeacher
 from limbeck.config import Recipe
 from limbeck.training import checkpoints
@@ -100,7 +100,7 @@ def test_causes_are_what_the_run_shows(tmp_path):
 def test_what_is_logged(packed, tmp_path):
     trainer = DistillationTrainer(
         tiny_model(**EXPERTS),
-        arguments(tmp_path, optimizer={"name": "muon_lion"}, parameter_lr_multipliers=[("experts", 0.5)],
+        arguments(tmp_path, optimizer={"name": "muon_lion"}, parameter_lr_multipliers=rules(("experts", 0.5)),
                   learning_rate=0.02),
         teacher=LocalTeacher(tiny_model(seed=9), top_k=8), train_dataset=packed,
     )  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import tiny_model
+from conftest import loss_request, rules, tiny_model
 from limbeck.config import OptimizerConfig
 from limbeck.errors import ConfigError
 from limbeck.optim.groups import _is_transposed, build_groups, check_groups, describe_groups, hidden_matrices
@@ -153,7 +153,7 @@ def test_gpt2_columns_are_outputs():
 
 def test_default_split_and_rates():
     model = tiny_model(**EXPERTS)
-    groups = build_groups(model, OptimizerConfig(name="muon_lion"), 0.02, 0.1, [("experts", 0.5)])
+    groups = build_groups(model, OptimizerConfig(name="muon_lion"), 0.02, 0.1, rules(("experts", 0.5)))
     by_name = {group["name"]: group for group in groups}
     assert by_name["experts · muon"]["lr"] == pytest.approx(0.01)
     assert by_name["all others · muon"]["lr"] == pytest.approx(0.02)
@@ -171,8 +171,8 @@ def test_parameters_are_claimed_exactly_once():
     model = tiny_model(tie_word_embeddings=True)
     config = OptimizerConfig()
     with pytest.raises(ConfigError, match=r"'lm_head' gives it 0.5|'embed' gives it 2.0"):
-        build_groups(model, config, 1e-3, 0.0, [("embed", 2.0), ("lm_head", 0.5)])
-    build_groups(model, config, 1e-3, 0.0, [("lm_head", 0.5)])  # a tied head is found by either of its names
+        build_groups(model, config, 1e-3, 0.0, rules(("embed", 2.0), ("lm_head", 0.5)))
+    build_groups(model, config, 1e-3, 0.0, rules(("lm_head", 0.5)))  # a tied head is found by either of its names
     groups = build_groups(model, config, 1e-3, 0.0)
     with pytest.raises(ConfigError, match=r"no group claims model\.embed_tokens\.weight"):
         check_groups(model, [{**group, "params": group["params"][1:]} for group in groups])
@@ -275,7 +275,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 sys.path.insert(0, sys.argv[1])
 from test_optim import ACROSS, EXPERTS, five_steps, new_optimizer
-from conftest import tiny_model
+from conftest import loss_request, rules, tiny_model
 import limbeck.optim.muon as muon
 muon.bfloat16_is_fast = lambda device: False
 dist.init_process_group("gloo")
@@ -311,9 +311,9 @@ dist.destroy_process_group()
 def five_steps(model, rank=0, ranks=1, prepare=None):
     """Five steps of the fused loss and the hybrid optimizer on rows that the ranks share."""
     from limbeck.data.dataset import PackedRows
-    from limbeck.training.head import LossRequest, attach_fused_loss
+    from limbeck.training.head import attach_objectives
 
-    attach_fused_loss(model)
+    attach_objectives(model)
     if prepare is not None:
         prepare(model)
     optimizer = new_optimizer(model)
@@ -321,7 +321,7 @@ def five_steps(model, rank=0, ranks=1, prepare=None):
     for _ in range(5):
         ids = torch.randint(0, 4096, (4, 16), generator=generator)[rank * 4 // ranks : (rank + 1) * 4 // ranks]
         rows = PackedRows(torch.arange(len(ids)), ids, torch.zeros_like(ids))
-        request = LossRequest(rows.labels, None, {"temperature": 1.0}, num_items=4 * 15 / ranks)
+        request = loss_request(rows.labels, num_items=4 * 15 / ranks)
         model(**rows.model_inputs("packed"), loss_request=request).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -11,14 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import stopped_after, tiny_model
+from conftest import loss_request, rules, stopped_after, tiny_model
 from limbeck import DistillationArguments, DistillationTrainer, LocalTeacher, TeacherCache
-from limbeck.config import Recipe, SamplingConfig
+from limbeck.config import LossConfig, Recipe, SamplingConfig
 from limbeck.data.dataset import PackedRows
 from limbeck.errors import ConfigError, CorruptError, LimbeckError
 from limbeck.teachers.build_cache import build_cache
 from limbeck.training.collate import RowCollator
-from limbeck.training.head import LossRequest, attach_fused_loss
+from limbeck.training.head import attach_objectives
 from limbeck.training.stages import train
 
 
@@ -29,7 +29,8 @@ def arguments(folder, **changes):
         "save_strategy": "no",
         "disable_tqdm": True, "max_grad_norm": 0.0, "seed": 0, "data_seed": 0,
     }  # fmt: skip
-    return DistillationArguments(**{**settings, **changes})
+    loss = {name: changes.pop(name) for name in LossConfig.model_fields.keys() & changes.keys()}
+    return DistillationArguments(**{**settings, **changes}, loss=loss)
 
 
 def trained(packed, folder, model=None, teacher="local", **changes):
@@ -111,7 +112,7 @@ def test_two_gloo_ranks_are_one_process(packed, tmp_path):
 def test_every_trainable_parameter_changes_and_frozen_ones_do_not(packed, tmp_path, capsys):
     model = tiny_model(tie_word_embeddings=False)
     before = weights(model)
-    trained(packed, tmp_path, model, parameter_lr_multipliers=[("mlp", 0.0), ("embed", 0.5)])
+    trained(packed, tmp_path, model, parameter_lr_multipliers=rules(("mlp", 0.0), ("embed", 0.5)))
     after = weights(model)
     frozen = [name for name in before if "mlp" in name]
     assert frozen
@@ -120,7 +121,7 @@ def test_every_trainable_parameter_changes_and_frozen_ones_do_not(packed, tmp_pa
 
 
 def test_multipliers_scale_and_typos_are_refused(packed, tmp_path):
-    trainer = trained(packed, tmp_path / "a", parameter_lr_multipliers=[("mlp", 0.1), ("mlp|attn", 10.0)])
+    trainer = trained(packed, tmp_path / "a", parameter_lr_multipliers=rules(("mlp", 0.1), ("mlp|attn", 10.0)))
     rates = {group["name"]: group["lr"] for group in trainer.optimizer.param_groups}
     assert rates["mlp · adamw"] == pytest.approx(1e-4)
     assert rates["mlp|attn · adamw"] == pytest.approx(1e-2)
@@ -129,7 +130,7 @@ def test_multipliers_scale_and_typos_are_refused(packed, tmp_path):
     for group in trainer.optimizer.param_groups:
         assert group["weight_decay"] == 0.0
     with pytest.raises(ConfigError, match="'expert' matches no parameter"):
-        trained(packed, tmp_path / "b", parameter_lr_multipliers=[("expert", 0.1)])
+        trained(packed, tmp_path / "b", parameter_lr_multipliers=rules(("expert", 0.1)))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "activation_checkpointing"])
@@ -378,10 +379,14 @@ def test_filler_and_borders_carry_no_loss():
     assert batch["doc_ids"].tolist() == [[0, 0, 1, 1, -1], [2, -1, -1, -1, -1]]
     assert batch["input_ids"][1].tolist() == [9, 9, 9, 3, 3]
     model = tiny_model()
-    attach_fused_loss(model)
+    attach_objectives(model)
     rows = PackedRows(batch["row_ids"], batch["input_ids"], batch["doc_ids"])
-    request = LossRequest(batch["labels"], None, {"temperature": 1.0})
-    assert int(model(**rows.model_inputs("packed"), loss_request=request).parts.num_valid) == 2
+    request = loss_request(batch["labels"])
+    assert int(request.batch.positions) == 2
+    with torch.no_grad():
+        logits = model(**rows.model_inputs("packed")).logits
+    expected = torch.nn.functional.cross_entropy(logits[0, [0, 2]], torch.tensor([5, 7]))
+    torch.testing.assert_close(model(**rows.model_inputs("packed"), loss_request=request).loss.detach(), expected)
 
 
 @pytest.mark.parametrize("attention", ["packed", "per_document"])
@@ -394,13 +399,13 @@ def test_padding_in_front_is_padding_behind(attention):
     for key in one:
         assert torch.equal(one[key], other[key]), key
     model = tiny_model()
-    attach_fused_loss(model)
+    attach_objectives(model)
     rows = PackedRows(one["row_ids"], one["input_ids"], one["doc_ids"])
-    found = model(**rows.model_inputs(attention), loss_request=LossRequest(one["labels"], None, {"temperature": 1.0}))
+    found = model(**rows.model_inputs(attention), loss_request=loss_request(one["labels"]))
     with torch.no_grad():
         logits = tiny_model()(input_ids=torch.tensor([ids])).logits[0, 1:3]
     expected = torch.nn.functional.cross_entropy(logits, torch.tensor([13, 14]), reduction="sum")
-    torch.testing.assert_close(found.parts.ce_sum.float(), expected)
+    torch.testing.assert_close(found.metrics["ce_loss"].float(), expected)
 
 
 def distributions(rows, *models):

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from limbeck.config import Recipe
+from limbeck.config.base import Section, merged
+from limbeck.config.moved import MOVED, rewritten
 from limbeck.errors import ConfigError
 
 #: Spellings users already write for a key. `_` and `-` are the same in every flag.
@@ -65,6 +67,10 @@ ALIASES: Mapping[str, str] = {
     "num-proc": "dataset.num_proc",
     "recursive": "dataset.recursive",
 }
+
+
+#: Below these any key may be given: what is known there is the model's or the part's.
+_OPEN = ("student.config.", "loss.divergence.")
 
 
 class _Loader(yaml.SafeLoader):
@@ -120,9 +126,9 @@ def _size(node: Any, known: dict[int, int]) -> int:
     return known[id(node)]
 
 
-def sections(annotation: Any) -> type[BaseModel] | None:
-    """The pydantic model inside an annotation such as `Section`, `Section | None` or `list[Section]`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+def sections(annotation: Any) -> type[Section] | None:
+    """The section inside an annotation such as `Section`, `Section | None` or `list[Section]`."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
     if typing.get_origin(annotation) in (typing.Union, types.UnionType, list):
         for argument in typing.get_args(annotation):
@@ -131,7 +137,7 @@ def sections(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def keys(model: type[Section] = Recipe, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every dotted key of the recipe that holds a value, with its pydantic field."""
     for name, field in model.model_fields.items():
         inner = sections(field.annotation)
@@ -163,8 +169,8 @@ def parse_flags(
             raise ConfigError(f"{command}: unexpected argument {word!r}. Keys are given as `--section.key value`.")
         flag, equals, value = word[2:].partition("=")
         key = flag.replace("-", "_") if "." in flag else aliases.get(flag.replace("_", "-"), flag.replace("-", "_"))
-        if not (key in known or key.startswith("student.config.")):
-            candidates = [*known, *aliases]
+        if not (key in known or key in MOVED or key.startswith(_OPEN)):
+            candidates = [*known, *MOVED, *aliases]
             raise ConfigError(f"{command}: unknown flag --{flag}{_nearest(flag, candidates, '--') or '.'}")
         if not equals:
             if position < len(arguments) and not arguments[position].startswith("--"):
@@ -189,6 +195,8 @@ def _parse_value(text: str, flag: str, field: Any) -> Any:
 
 def _place(tree: dict[str, Any], path: list[str], value: Any) -> None:
     for part in path[:-1]:
+        if isinstance(tree.get(part), str):  # a part that was given by its name alone
+            tree[part] = {"name": tree[part]}
         tree = tree.setdefault(part, {})
     tree[path[-1]] = value
 
@@ -222,10 +230,10 @@ def load_recipe(path: Path | None, overrides: Mapping[str, Any] | None = None) -
         if not isinstance(tree, dict):
             raise ConfigError(f"recipe {path} holds a {type(tree).__name__}; it must be a mapping of sections.")
         tree.setdefault("name", path.stem)
-    merged = _merge(tree, overrides or {})
+    tree = merged(rewritten(tree), rewritten(overrides or {}))
     where = str(path or "configuration")
     try:
-        recipe = Recipe.model_validate(merged)
+        recipe = Recipe.model_validate(tree)
         if recipe.stages.enabled:
             for stage in recipe.stages.configs:
                 where = f"{path or 'configuration'}, stage {stage.stage_name}"
@@ -233,14 +241,6 @@ def load_recipe(path: Path | None, overrides: Mapping[str, Any] | None = None) -
     except ValidationError as error:
         raise ConfigError(_explain(error, where)) from None
     return recipe
-
-
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return merged
 
 
 def _explain(error: ValidationError, where: str) -> str:

@@ -6,10 +6,12 @@ JSON schema and the help text are all derived from these models; an unknown key 
 
 from limbeck.config.data import DatasetConfig, SamplingConfig, StudentConfig, TernaryConfig
 from limbeck.config.recipe import Recipe
-from limbeck.config.training import OptimizerConfig, SaddleConfig
+from limbeck.config.training import LossConfig, LRMultiplier, OptimizerConfig, SaddleConfig
 
 __all__ = [
     "DatasetConfig",
+    "LRMultiplier",
+    "LossConfig",
     "OptimizerConfig",
     "Recipe",
     "SaddleConfig",

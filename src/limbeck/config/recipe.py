@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, PrivateAttr, ValidationError, model_validator
 
-from limbeck.config.base import Positive, Section, Seed
+from limbeck.config.base import Positive, Section, Seed, merged
 from limbeck.config.data import DatasetConfig, EnvironmentName, StudentConfig, TeacherConfig, TokenizerConfig
+from limbeck.config.moved import rewritten
 from limbeck.config.training import (
     LossConfig,
     LRMultiplier,
@@ -124,6 +125,11 @@ class Recipe(Section):
 
     _suffix: str = PrivateAttr("")  # of the data and cache folders of a stage with a dataset of its own
 
+    @model_validator(mode="before")
+    @classmethod
+    def _present_names(cls, tree: Any) -> Any:
+        return rewritten(tree) if isinstance(tree, dict) else tree
+
     @model_validator(mode="after")
     def _temperatures_are_declared(self) -> "Recipe":
         if self.stages.enabled or not self.distils:
@@ -201,7 +207,8 @@ class Recipe(Section):
     def _stage_loss(self, stage: Stage) -> LossConfig | None:
         """The loss of a stage; None when its keys are wrong, which `stage_recipe` reports by name."""
         try:
-            return LossConfig.model_validate({**self.loss.model_dump(exclude_unset=True), **stage.loss})
+            tree = rewritten({"loss": merged(self.loss.model_dump(exclude_unset=True), stage.loss)})
+            return LossConfig.model_validate(tree["loss"])
         except ValidationError:
             return None
 
@@ -240,7 +247,7 @@ class Recipe(Section):
     def _stage_tree(self, stage: Stage) -> dict[str, Any]:
         tree = self.model_dump(exclude_unset=True)
         for section in ("training", "optimizer", "loss", "dataset"):
-            tree[section] = _merged(tree.get(section, {}), getattr(stage, section))
+            tree[section] = merged(tree.get(section, {}), getattr(stage, section))
         if stage.dataset and "packed_dir" not in stage.dataset:
             tree["dataset"]["packed_dir"] = None
         length = {"max_steps": stage.max_steps} if stage.max_steps else {"num_train_epochs": stage.num_epochs}
@@ -263,10 +270,3 @@ class Recipe(Section):
             "stages": self.stages.model_copy(update={"configs": stages}),
         }
         return self.model_copy(update=changes)
-
-
-def _merged(base: Any, over: Any) -> Any:
-    """Nested dicts laid over one another."""
-    if isinstance(base, dict) and isinstance(over, dict):
-        return {key: _merged(base.get(key), over[key]) if key in over else base[key] for key in {**base, **over}}
-    return over

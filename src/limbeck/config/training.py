@@ -4,13 +4,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from limbeck.config.base import Count, Fraction, NotNegative, Positive, Section
+from limbeck.registry import DIVERGENCES, OBJECTIVES, Choice, OneOf
 
-Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "tvd"]
 Tail = Literal["bucket", "renormalise", "ignore"]
 Algorithm = Literal["muon", "lion", "adamw"]
+
+
+class WeightedChoice(Choice):
+    """An objective by its name, or `{name: NAME, weight: W, parameter: value}`."""
+
+    weight: Annotated[float, Field(gt=0.0)] = 1.0
 
 
 class LossConfig(Section):
@@ -33,13 +39,23 @@ class LossConfig(Section):
     router_aux_kind: Literal["z", "entropy"] = Field(
         "z", description="`z`: mean squared logsumexp of the router's logits; `entropy`: mean entropy of its choices."
     )
-    divergence: Divergence = Field("forward_kl", description="How the student is compared with the teacher.")
-    jsd_beta: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(0.5, description="Teacher's share of the JSD mixture.")
-    skew: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
-        0.1, description="Teacher's share mixed into the student in skewed KL."
+    divergence: Annotated[Choice, OneOf(DIVERGENCES)] = Field(
+        Choice(name="forward_kl"),
+        description="How the student is compared with the teacher: a name, or {name: jsd, beta: 0.3} with the "
+        "teacher's share of the mixture, {name: skewed_kl, skew: 0.1} with its share mixed into the student.",
+    )
+    objectives: list[Annotated[WeightedChoice, OneOf(OBJECTIVES)]] = Field(
+        default_factory=list,
+        description="Further terms of the loss: names, or {name: NAME, weight: 0.1, parameter: value}.",
     )
     tail: Tail = Field("bucket", description="What becomes of the mass outside the stored ids.")
     chunk_size: PositiveInt | None = Field(None, description="Positions per chunk of logits; default by memory.")
+
+    @field_validator("divergence", mode="before")
+    @classmethod
+    def _parameters_of_the_default(cls, value: Any) -> Any:
+        nameless = isinstance(value, dict) and "name" not in value
+        return {"name": cls.model_fields["divergence"].default.name, **value} if nameless else value
 
     @model_validator(mode="after")
     def _ramps_are_whole(self) -> "LossConfig":
@@ -173,7 +189,21 @@ class SaddleConfig(Section):
     probe_rows: PositiveInt = Field(8, description="Fixed training rows on which curvature and moves are measured.")
 
 
-class TrainingConfig(Section):
+class ScheduleConfig(Section):
+    """How the learning rate comes down; keys of `training`."""
+
+    decay_ratio: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        0.1, description="Share of the steps in which warmup_stable_decay goes down at the end."
+    )
+    decay_type: Literal["linear", "cosine", "1-sqrt"] = Field(
+        "linear", description="How warmup_stable_decay goes down."
+    )
+    min_lr_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="Where a decay ends, as a share of the peak."
+    )
+
+
+class TrainingConfig(ScheduleConfig):
     """The training loop; names are those of transformers.TrainingArguments."""
 
     output_dir: Path | None = Field(None, description="Folder of checkpoints and `final/`; default OUTPUT_DIR/student.")
@@ -190,15 +220,6 @@ class TrainingConfig(Section):
         "cosine", description="Shape of the learning rate after warm-up."
     )
     warmup_steps: Count = Field(0, description="Steps of linear warm-up.")
-    decay_ratio: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        0.1, description="Share of the steps in which warmup_stable_decay goes down at the end."
-    )
-    decay_type: Literal["linear", "cosine", "1-sqrt"] = Field(
-        "linear", description="How warmup_stable_decay goes down."
-    )
-    min_lr_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
-        0.0, description="Where a decay ends, as a share of the peak."
-    )
     weight_decay: NotNegative = Field(0.0, description="Decoupled weight decay of matrices.")
     adam_beta1: Fraction = Field(0.9, description="AdamW's first decay rate.")
     adam_beta2: Fraction = Field(0.95, description="AdamW's second decay rate.")
@@ -226,6 +247,11 @@ class TrainingConfig(Section):
     )
     device: Literal["cpu", "cuda"] | None = Field(None, description="cpu or cuda; default cuda where there is one.")
     dataloader_num_workers: Count = Field(0, description="Processes that read and collate rows.")
+
+    @property
+    def schedule(self) -> ScheduleConfig:
+        """The keys that shape the schedule."""
+        return ScheduleConfig.model_validate(self.model_dump(include=set(ScheduleConfig.model_fields)))
 
     @model_validator(mode="after")
     def _one_precision(self) -> "TrainingConfig":

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from limbeck.errors import ConfigError
-from limbeck.losses.divergences import LOG_NOTHING, DivergenceFn, value_and_gradient
+from limbeck.losses.divergences import LOG_NOTHING, Divergence, value_and_gradient
 from limbeck.targets.sparse import SparseTargets
 
 Tensor = torch.Tensor
@@ -26,8 +26,7 @@ class BlockSettings:
 
     alpha: float
     temperature: float
-    divergence: DivergenceFn
-    divergence_name: str
+    divergence: Divergence
     tail: str
     scale: float
     softcap: float | None
@@ -89,9 +88,9 @@ class BlockLoss:
         self.settings, self.labels, self.targets = settings, labels, targets
         if targets is not None:
             self._log_p, self._log_tail = targets.at_temperature(settings.temperature)
-            if targets.weights is not None and settings.divergence_name != "forward_kl":
+            if targets.weights is not None and not settings.divergence.takes_draws:
                 raise ConfigError(
-                    f"sampled targets estimate the forward KL and loss.divergence is {settings.divergence_name}. "
+                    f"sampled targets estimate the forward KL and loss.divergence is {settings.divergence}. "
                     "Use forward_kl, or targets without sampling."
                 )
             if targets.weights is not None and settings.tail == "renormalise":

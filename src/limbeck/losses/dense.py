@@ -11,7 +11,8 @@ import math
 import torch
 
 from limbeck.data.dataset import IGNORE
-from limbeck.losses.divergences import LOG_NOTHING, get_divergence
+from limbeck.losses.divergences import LOG_NOTHING, Divergence
+from limbeck.registry import DIVERGENCES
 from limbeck.targets.sparse import SparseTargets
 
 
@@ -22,9 +23,7 @@ def dense_distillation_loss(
     *,
     alpha: float = 0.5,
     temperature: float = 2.0,
-    divergence: str = "forward_kl",
-    jsd_beta: float = 0.5,
-    skew: float = 0.1,
+    divergence: Divergence | str = "forward_kl",
     tail: str = "bucket",
 ) -> torch.Tensor:
     """(1−α)·CE + α·τ²·D, mean over labelled positions.
@@ -35,9 +34,7 @@ def dense_distillation_loss(
         targets: the teacher's, or None for cross-entropy alone.
         alpha: weight of the divergence.
         temperature: τ, declared in `targets`.
-        divergence: its name.
-        jsd_beta: the teacher's share of the JSD mixture.
-        skew: the teacher's share in skewed KL.
+        divergence: a `Divergence`, or the name of one with its defaults.
         tail: bucket, renormalise or ignore.
     """
     flat = labels.reshape(-1)
@@ -60,7 +57,8 @@ def dense_distillation_loss(
     teacher = torch.cat([log_p, log_tail.clamp_min(LOG_NOTHING).unsqueeze(-1)], dim=-1)
     buckets = torch.cat([torch.where(present, log_q, 0.0), _log_tail(z / temperature, ids, present)], dim=-1)
     mask = torch.cat([present, has_tail], dim=-1)
-    value = get_divergence(divergence, jsd_beta, skew)(teacher, buckets, mask)
+    compare = DIVERGENCES.build(divergence) if isinstance(divergence, str) else divergence
+    value = compare(teacher, buckets, mask)
     return (1.0 - alpha) * ce + alpha * temperature**2 * value.mean()
 
 

@@ -19,7 +19,8 @@ import torch
 
 from limbeck.data.dataset import IGNORE
 from limbeck.losses.blocks import BlockLoss, BlockSettings, Sums
-from limbeck.losses.divergences import get_divergence
+from limbeck.losses.divergences import Divergence
+from limbeck.registry import DIVERGENCES
 from limbeck.targets.sparse import SparseTargets
 
 _CHUNK_BYTES = {"cpu": 160 << 20, "cuda": 1 << 30}
@@ -56,9 +57,7 @@ def fused_distillation_loss(
     bias: torch.Tensor | None = None,
     alpha: float = 0.5,
     temperature: float = 2.0,
-    divergence: str = "forward_kl",
-    jsd_beta: float = 0.5,
-    skew: float = 0.1,
+    divergence: Divergence | str = "forward_kl",
     tail: str = "bucket",
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
@@ -75,9 +74,7 @@ def fused_distillation_loss(
         bias: `[V]` head bias.
         alpha: weight of the divergence in [0, 1].
         temperature: τ, which must be declared in `targets`.
-        divergence: forward_kl, reverse_kl, jsd, skewed_kl or tvd.
-        jsd_beta: the teacher's share of the JSD mixture.
-        skew: the teacher's share in skewed KL.
+        divergence: a `Divergence` such as `JSD(beta=0.3)`, or the name of one with its defaults.
         tail: bucket (the mass outside the support is one more id), renormalise (both distributions are
             conditioned on the support) or ignore (the tail's term is left out).
         logit_scale: factor on the logits.
@@ -100,8 +97,7 @@ def fused_distillation_loss(
     settings = BlockSettings(
         alpha=alpha if targets is not None else 0.0,
         temperature=temperature,
-        divergence=get_divergence(divergence, jsd_beta, skew),
-        divergence_name=divergence,
+        divergence=DIVERGENCES.build(divergence) if isinstance(divergence, str) else divergence,
         tail=tail,
         scale=logit_scale,
         softcap=logit_softcap,

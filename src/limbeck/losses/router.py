@@ -118,16 +118,17 @@ class RouterTap:
         return record
 
     @contextmanager
-    def recording(self) -> Iterator[list[Routing]]:
-        """The list is filled with a Routing a layer when the context ends."""
-        found: list[Routing] = []
+    def recording(self) -> Iterator[None]:
+        """Listen while the context lasts; `routings` tells inside it what has been decided so far."""
         self._records = []
         try:
-            yield found
-            if self.problem is None:
-                found += [self._routing(*record) for record in self._records]
+            yield
         finally:
             self._records = None
+
+    def routings(self) -> list[Routing]:
+        """A Routing for each layer that has been passed; none where the decisions can not be told."""
+        return [self._routing(*record) for record in self._records or []] if self.problem is None else []
 
     def learn(self) -> None:
         """Find out from what has just been recorded how these routers score and choose; call it inside `recording`."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from limbeck.config import OptimizerConfig
+from limbeck.config import LRMultiplier, OptimizerConfig
 from limbeck.errors import ConfigError
 from limbeck.optim.muon import MatrixLayout
 
@@ -36,7 +36,7 @@ def build_groups(
     optimizer: OptimizerConfig,
     learning_rate: float,
     weight_decay: float,
-    multipliers: Sequence[tuple[str, float]] = (),
+    multipliers: Sequence[LRMultiplier] = (),
     adam: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Groups for `HybridOptimizer`; freezes what a factor of 0 names.
@@ -46,14 +46,14 @@ def build_groups(
         optimizer: algorithms and their settings.
         learning_rate: rate of the algorithm that hidden matrices get.
         weight_decay: decoupled decay of matrices; vectors, norms and biases have none.
-        multipliers: (regex, factor) pairs.
+        multipliers: factors on the rate by parameter name.
         adam: AdamW's `betas` and `eps`.
 
     Raises:
         ConfigError: a pattern is no regular expression, matches nothing, or gives one shared tensor two meanings by
             two of its names; Muon is asked for a vector; or nothing is left to train.
     """
-    scales = _Rules("parameter_lr_multipliers", multipliers)
+    scales = _Rules("parameter_lr_multipliers", [(rule.pattern, rule.lr_multiplier) for rule in multipliers])
     choices = _Rules("optimizer.algorithms", [(rule.pattern, rule.algorithm) for rule in optimizer.algorithms])
     layouts = hidden_matrices(model, split_heads=optimizer.muon.split_heads)
     groups: dict[tuple[str, str, bool], dict[str, Any]] = {}
@@ -91,6 +91,20 @@ def build_groups(
         raise ConfigError("parameter_lr_multipliers freezes every parameter; leave one to train.")
     # The first group's rate is the one that a log line calls `lr`: that of hidden matrices, without a factor.
     return sorted(groups.values(), key=lambda g: (g["algorithm"] != optimizer.for_matrices, g["lr_multiplier"] != 1.0))
+
+
+#: Name of the group of parameters that objectives own.
+OBJECTIVES = "objectives"
+
+
+def objective_groups(
+    objectives: nn.Module, optimizer: OptimizerConfig, learning_rate: float, adam: Mapping[str, Any] | None = None
+) -> list[dict[str, Any]]:
+    """The group of the objectives' own parameters, without decay; none where they have none. As `build_groups`."""
+    own = [parameter for parameter in objectives.parameters() if parameter.requires_grad]
+    settings = _settings(optimizer, optimizer.for_others, learning_rate, 0.0, adam or {})
+    rest = {"algorithm": optimizer.for_others, "name": OBJECTIVES, "lr_multiplier": 1.0}
+    return [{"params": own, **rest, **settings, "weight_decay": 0.0}] if own else []
 
 
 def _settings(

@@ -13,9 +13,8 @@ Example of the contract, for rows [B, T]:
 from concurrent.futures import Future
 from typing import Protocol, runtime_checkable
 
-import torch
-
 from limbeck.data.dataset import PackedRows
+from limbeck.targets.reference import Reference
 from limbeck.targets.sparse import SparseTargets
 
 
@@ -39,13 +38,6 @@ class Teacher(Protocol):
 
     def template(self) -> SparseTargets:
         """Empty targets with this teacher's temperatures, vocabulary and sampling."""
-
-
-class Reference(Protocol):
-    """Whole next-token distributions of the N = B·T positions of some rows."""
-
-    def log_probs(self, positions: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities `[n, V]` in float32 at the given flat positions."""
 
 
 @runtime_checkable

@@ -1,106 +1,73 @@
-"""DistillationArguments: transformers.TrainingArguments plus the loss's own settings.
+"""DistillationArguments: transformers.TrainingArguments and the recipe's sections that it has no place for.
 
-Usable in anybody's script; `from_recipe` makes them from a recipe.
+Usable in anybody's script; `arguments_from_recipe` makes them from a recipe.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
 from transformers import TrainingArguments
 
-from limbeck.config import Recipe
+from limbeck.config import LossConfig, LRMultiplier, OptimizerConfig, Recipe, SaddleConfig
+from limbeck.config.training import ScheduleConfig
 from limbeck.models import bfloat16_is_fast
-from limbeck.optim.schedules import Ramp
 from limbeck.teachers.choose import choose_device
 
 
 @dataclass
 class DistillationArguments(TrainingArguments):
-    """Arguments of `DistillationTrainer`.
+    """Arguments of `DistillationTrainer`; a section may be given as a dict of its keys.
 
     Attributes:
-        alpha: weight of the divergence, 0 … 1; 0 or no teacher is plain cross-entropy.
-        temperature: τ of the divergence; the teacher's targets must declare it.
-        divergence: forward_kl, reverse_kl, jsd, skewed_kl or tvd.
-        jsd_beta: teacher's share of the JSD mixture.
-        skew: teacher's share in skewed KL.
-        tail: bucket, renormalise or ignore.
-        loss_chunk_size: positions projected to logits at once; default by memory.
+        loss: what is trained on; without a teacher plain cross-entropy.
         attention: per_document (positions restart, attention stops at document borders) or packed.
-        alpha_initial, alpha_warmup_steps: α goes linearly from the first to `alpha` in so many steps.
-        temperature_initial, temperature_warmup_steps: the same for τ, by the temperatures the teacher declares.
-        load_balance, router_aux, router_aux_kind: weights of the router's losses, for students that have one.
-        optimizer: keys of the recipe's `optimizer` section; default AdamW for everything. `optim` is not read.
-        parameter_lr_multipliers: (regex, factor) pairs, first match wins, factor 0 freezes.
-        decay_ratio, decay_type, min_lr_ratio: shape of `warmup_stable_decay`, and where a decay ends.
-        saddle: keys of the recipe's `saddle` section; default off.
+        optimizer: which algorithm trains what; default AdamW for everything. `optim` is not read.
+        parameter_lr_multipliers: factors on the learning rate by parameter name; first match wins, 0 freezes.
+        schedule: shape of `warmup_stable_decay`, and where a decay ends.
+        saddle: interventions where training stalls; default off.
         ternary_warmup_steps: steps in which ternary weights go from themselves to their codes.
         dashboard: auto, on or off.
     """
 
-    alpha: float = field(default=0.5)
-    temperature: float = field(default=2.0)
-    divergence: str = field(default="forward_kl")
-    jsd_beta: float = field(default=0.5)
-    skew: float = field(default=0.1)
-    tail: str = field(default="bucket")
-    loss_chunk_size: int | None = field(default=None)
+    loss: LossConfig = field(default_factory=LossConfig)
     attention: str = field(default="per_document")
-    alpha_initial: float | None = field(default=None)
-    alpha_warmup_steps: int = field(default=0)
-    temperature_initial: float | None = field(default=None)
-    temperature_warmup_steps: int = field(default=0)
-    load_balance: float = field(default=0.01)
-    router_aux: float = field(default=0.001)
-    router_aux_kind: str = field(default="z")
-    optimizer: dict[str, Any] = field(default_factory=dict)
-    parameter_lr_multipliers: list[tuple[str, float]] = field(default_factory=list)
-    decay_ratio: float = field(default=0.1)
-    decay_type: str = field(default="linear")
-    min_lr_ratio: float = field(default=0.0)
-    saddle: dict[str, Any] = field(default_factory=dict)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parameter_lr_multipliers: Sequence[LRMultiplier] = field(default_factory=list)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    saddle: SaddleConfig = field(default_factory=SaddleConfig)
     ternary_warmup_steps: int = field(default=0)
     dashboard: str = field(default="off")
 
     def __post_init__(self) -> None:
+        for name, section in _SECTIONS.items():
+            setattr(self, name, section.model_validate(getattr(self, name)))
+        self.parameter_lr_multipliers = [LRMultiplier.model_validate(rule) for rule in self.parameter_lr_multipliers]
         # The collator hands over rows and targets; the Trainer must not drop what the model's forward does not name.
         self.remove_unused_columns = False
         # The default hides a NaN loss behind the running mean.
         self.logging_nan_inf_filter = False
         super().__post_init__()
 
-    @property
-    def alpha_ramp(self) -> Ramp:
-        """α by optimizer step."""
-        start = self.alpha if self.alpha_initial is None else self.alpha_initial
-        return Ramp(start, self.alpha, self.alpha_warmup_steps)
-
-    def temperature_ramp(self, declared: tuple[float, ...]) -> Ramp:
-        """τ by optimizer step, among the temperatures that a teacher declares."""
-        start = self.temperature if self.temperature_initial is None else self.temperature_initial
-        low, high = sorted((start, self.temperature))
-        levels = tuple(value for value in declared if low <= value <= high)
-        return Ramp(start, self.temperature, self.temperature_warmup_steps, levels)
-
-    @property
-    def loss_settings(self) -> dict[str, Any]:
-        """Keyword arguments of `fused_distillation_loss` that no ramp changes."""
-        return {
-            "divergence": self.divergence,
-            "jsd_beta": self.jsd_beta,
-            "skew": self.skew,
-            "tail": self.tail,
-            "chunk_size": self.loss_chunk_size,
-        }
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON, sections as dicts of their keys: what trackers show."""
+        found: dict[str, Any] = super().to_dict()
+        found.update({name: getattr(self, name).model_dump(mode="json") for name in _SECTIONS})
+        found["parameter_lr_multipliers"] = [rule.model_dump() for rule in self.parameter_lr_multipliers]
+        return found
 
 
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "loss": LossConfig, "optimizer": OptimizerConfig, "schedule": ScheduleConfig, "saddle": SaddleConfig,
+}  # fmt: skip
 _NEVER = 10**9
 
 
 def arguments_from_recipe(recipe: Recipe, output_dir: Path) -> DistillationArguments:
-    """The arguments a recipe's `training` and `loss` sections mean."""
-    training, loss = recipe.training, recipe.loss
+    """The arguments that a recipe means."""
+    training = recipe.training
     every = training.save_steps or training.eval_steps or _NEVER
     on_cpu = choose_device(training.device) == "cpu"
     return DistillationArguments(
@@ -136,27 +103,12 @@ def arguments_from_recipe(recipe: Recipe, output_dir: Path) -> DistillationArgum
         data_seed=recipe.seed,
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
-        alpha=loss.end("alpha") if recipe.distils else 0.0,
-        alpha_initial=loss.alpha_initial if recipe.distils else None,
-        alpha_warmup_steps=loss.alpha_warmup_steps if recipe.distils else 0,
-        temperature=loss.end("temperature"),
-        temperature_initial=loss.temperature_initial,
-        temperature_warmup_steps=loss.temperature_warmup_steps,
-        load_balance=loss.load_balance,
-        router_aux=loss.router_aux,
-        router_aux_kind=loss.router_aux_kind,
-        divergence=loss.divergence,
-        jsd_beta=loss.jsd_beta,
-        skew=loss.skew,
-        tail=loss.tail,
-        loss_chunk_size=loss.chunk_size,
+        loss=recipe.loss,
         attention=recipe.dataset.attention,
-        optimizer=recipe.optimizer.model_dump(mode="json"),
-        parameter_lr_multipliers=[(m.pattern, m.lr_multiplier) for m in recipe.parameter_lr_multipliers],
-        decay_ratio=training.decay_ratio,
-        decay_type=training.decay_type,
-        min_lr_ratio=training.min_lr_ratio,
-        saddle=recipe.saddle.model_dump(mode="json"),
+        optimizer=recipe.optimizer,
+        parameter_lr_multipliers=recipe.parameter_lr_multipliers,
+        schedule=training.schedule,
+        saddle=recipe.saddle,
         ternary_warmup_steps=recipe.student.ternary.warmup_steps if recipe.student.ternary else 0,
         dashboard=training.dashboard,
     )

@@ -59,12 +59,17 @@ class LogLines(TrainerCallback):
 
 
 def parts_line(step: int, logs: dict[str, float]) -> str:
-    """`Step 100: Total Loss: …` with every part there is."""
-    parts = [f"Total Loss: {logs['loss']:.4f}", f"CE Loss: {logs['ce_loss']:.4f}"]
-    for key, label in (("kl_loss", "KL"), ("load_balance_loss", "Load Balance"), ("router_aux_loss", "Router Aux")):
-        if key in logs:
-            parts.append(f"{label} Loss: {logs[key]:.4f}")
+    """`Step 100: Total Loss: …` with every part there is: whatever the objectives measure as `NAME_loss`."""
+    parts = [f"Total Loss: {logs['loss']:.4f}"]
+    for key, value in logs.items():
+        if key.endswith("_loss"):
+            name = key.removesuffix("_loss")
+            parts.append(f"{_LABELS.get(name) or name.replace('_', ' ').title()} Loss: {value:.4f}")
     return f"Step {step}: " + ", ".join(parts)
+
+
+#: Abbreviations among the names of losses.
+_LABELS = {"ce": "CE", "kl": "KL"}
 
 
 def evaluation_text(logs: dict[str, float]) -> str:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from limbeck.console import say, warn
 from limbeck.errors import LimbeckError
+from limbeck.losses.objective import Objectives
 from limbeck.models import require_whole
 from limbeck.storage import read_json, write_json
 from limbeck.training.checkpoints import (
@@ -32,6 +33,7 @@ from limbeck.training.checkpoints import (
     rotate,
 )
 from limbeck.training.guard import DivergedError
+from limbeck.training.own_parameters import load_own, save_own
 
 
 class CheckpointingTrainer(Trainer):
@@ -41,6 +43,7 @@ class CheckpointingTrainer(Trainer):
     optimizer: Any
     lr_scheduler: Any
     tokenizer_to_save: Any = None
+    objectives: Objectives
 
     def __init__(self, *, args: Any, **kwargs: Any) -> None:
         # transformers knows no step_N; these checkpoints are rotated here.
@@ -172,6 +175,7 @@ class CheckpointingTrainer(Trainer):
         ]
         if self.args.should_save:
             pieces += [
+                lambda: save_own(self.objectives, partial),
                 lambda: self.state.save_to_json(str(partial / "trainer_state.json")),
                 lambda: write_json(partial / PROGRESS, progress),
             ]
@@ -264,6 +268,8 @@ class CheckpointingTrainer(Trainer):
             ConfigError: the checkpoint's optimizer has other groups.
         """
         optimizer = self.optimizer
+        if checkpoint is not None:
+            load_own(self.objectives, Path(checkpoint))
         own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         names = group_names(optimizer)
         try:

@@ -1,11 +1,11 @@
-"""What a run measures between two log lines: loss parts, masses, expert load, waiting, memory, throughput.
+"""What a run measures between two log lines: what its objectives measure, waiting, memory, throughput.
 
-The one idea: sums over positions, reduced over ranks once a log line; they travel with the checkpoint, so the
+The one idea: sums over positions by name, reduced over ranks once a log line; they travel with the checkpoint, so the
 first line after a resume says what it would have said.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ import psutil
 import torch
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
-_PARTS = ("ce", "divergence", "teacher_mass", "student_mass", "top1", "tokens", "load_balance", "router_aux")
+TOKENS = "tokens"
 
 
 class StepMetrics:
@@ -23,29 +23,16 @@ class StepMetrics:
         self._start_over()
 
     def _start_over(self) -> None:
-        self._sums = torch.zeros(len(_PARTS), dtype=torch.float64)
-        self._load: torch.Tensor | None = None
+        self._sums: dict[str, torch.Tensor] = {}
         self._seconds = {"teacher": 0.0, "data": 0.0}
         self._clock = time.perf_counter()
 
-    def add(self, outputs: Any) -> None:
-        """Count one micro-batch: a `LossOutput`."""
-        parts, router = outputs.parts, outputs.router
-        zero = torch.zeros((), device=parts.ce_sum.device)
-        values = [
-            parts.ce_sum,
-            parts.divergence_sum,
-            parts.teacher_mass,
-            parts.student_mass,
-            parts.top1_matches,
-            parts.num_valid,
-            router.load_balance * parts.num_valid if router is not None else zero,
-            router.aux * parts.num_valid if router is not None else zero,
-        ]
-        self._sums = self._sums.to(zero.device) + torch.stack([v.detach().double() for v in values])
-        if router is not None:
-            load = router.load.detach().double() * parts.num_valid
-            self._load = load if self._load is None else self._load.to(load.device) + load
+    def add(self, positions: torch.Tensor, metrics: Mapping[str, torch.Tensor]) -> None:
+        """Count one micro-batch: its positions, and sums over them by name."""
+        for name, value in {TOKENS: positions, **metrics}.items():
+            value = value.detach().double()
+            known = self._sums.get(name)
+            self._sums[name] = value if known is None else known.to(value.device) + value
 
     @contextmanager
     def waiting(self, what: str, device: torch.device | None = None) -> Iterator[None]:
@@ -60,9 +47,16 @@ class StepMetrics:
         """Take time that was not training (an evaluation, a save) out of the throughput."""
         self._clock += seconds
 
-    def sums(self, reduce: Reduce) -> dict[str, float]:
-        """Totals over the ranks, by name."""
-        return dict(zip(_PARTS, reduce(self._sums).tolist(), strict=True))
+    def means(self, reduce: Reduce) -> tuple[float, dict[str, float]]:
+        """Positions over all ranks, and the mean of each metric over them; of a vector NAME/000, NAME/001 …"""
+        flat = torch.cat([value.reshape(-1) for value in self._sums.values()]) if self._sums else torch.zeros(1)
+        values = iter(reduce(flat).tolist())  # one message for all
+        tokens = next(values)
+        means: dict[str, float] = {}
+        for name, value in list(self._sums.items())[1:]:
+            names = [name] if value.ndim == 0 else [f"{name}/{number:03d}" for number in range(len(value))]
+            means.update({key: next(values) / max(tokens, 1.0) for key in names})
+        return tokens, means
 
     def drain(self, reduce: Reduce, *, distils: bool, targets_by_loader: bool) -> dict[str, float]:
         """What is logged, and start over.
@@ -72,38 +66,28 @@ class StepMetrics:
             distils: a teacher takes part.
             targets_by_loader: its targets come with the data, so waiting for the data is waiting for it.
         """
-        sums = self.sums(reduce)
-        tokens, seconds = max(sums["tokens"], 1.0), max(time.perf_counter() - self._clock, 1e-9)
-        logs = {"ce_loss": sums["ce"] / tokens, "tokens_per_second": sums["tokens"] / seconds}
+        tokens, logs = self.means(reduce)
+        seconds = max(time.perf_counter() - self._clock, 1e-9)
+        logs["tokens_per_second"] = tokens / seconds
         waited = dict(self._seconds)
         if distils:
-            logs["kl_loss"] = sums["divergence"] / tokens
-            logs["teacher_mass"] = sums["teacher_mass"] / tokens
-            logs["student_mass"] = sums["student_mass"] / tokens
-            logs["top1_agreement"] = sums["top1"] / tokens
             if targets_by_loader:
                 waited = {"teacher": waited["teacher"] + waited["data"], "data": 0.0}
             logs["teacher_wait_share"] = waited["teacher"] / seconds
         logs["data_wait_share"] = waited["data"] / seconds
-        if self._load is not None:
-            logs["load_balance_loss"] = sums["load_balance"] / tokens
-            logs["router_aux_loss"] = sums["router_aux"] / tokens
-            load = (reduce(self._load) / tokens).tolist()
-            logs.update({f"expert_load/{expert:03d}": share for expert, share in enumerate(load)})
         logs["memory_gb"] = _memory_bytes() / 1e9
         self._start_over()
         return logs
 
     def state(self, reduce: Reduce) -> dict[str, Any]:
         """The sums over all ranks, for a checkpoint."""
-        load = reduce(self._load).tolist() if self._load is not None else None
-        return {"sums": reduce(self._sums).tolist(), "load": load}
+        return {name: reduce(value).tolist() for name, value in self._sums.items()}
 
     def restore(self, state: dict[str, Any], *, main: bool) -> None:
         """Go on from a checkpoint; the main rank takes the sums of all."""
-        if main:
-            self._sums = torch.tensor(state["sums"], dtype=torch.float64)
-            self._load = torch.tensor(state["load"], dtype=torch.float64) if state["load"] is not None else None
+        self._sums = {
+            name: torch.tensor(value, dtype=torch.float64) * (1.0 if main else 0.0) for name, value in state.items()
+        }
 
 
 def _memory_bytes() -> float:

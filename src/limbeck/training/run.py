@@ -130,7 +130,7 @@ def check_plan(recipe: Recipe, student: Any, rows: PackedDataset) -> list[str]:
     """
     training = recipe.training
     learns = [parameter.requires_grad for parameter in student.parameters()]
-    rules = [(rule.pattern, rule.lr_multiplier) for rule in recipe.parameter_lr_multipliers]
+    rules = recipe.parameter_lr_multipliers
     groups = build_groups(student, recipe.optimizer, recipe.learning_rate, training.weight_decay, rules)
     for parameter, before in zip(student.parameters(), learns, strict=True):
         parameter.requires_grad_(before)
@@ -142,9 +142,7 @@ def check_plan(recipe: Recipe, student: Any, rows: PackedDataset) -> list[str]:
         training.lr_scheduler_type,
         total,
         training.warmup_steps,
-        decay_ratio=training.decay_ratio,
-        decay_type=training.decay_type,
-        min_lr_ratio=training.min_lr_ratio,
+        **training.schedule.model_dump(),
     )
     return [str(group["name"]) for group in groups]
 

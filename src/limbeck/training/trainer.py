@@ -1,12 +1,20 @@
-"""DistillationTrainer: transformers.Trainer whose loss is (1−α)·CE + α·τ²·D to a teacher.
+"""DistillationTrainer: transformers.Trainer whose loss is a sum of objectives against a teacher.
 
 The one idea: override what the loss is, which optimizer steps, and what a checkpoint must hold, and nothing
-else; accelerate, DDP, FSDP2, trackers and resuming are the Trainer's own.
+else; accelerate, DDP, FSDP2, trackers and resuming are the Trainer's own. The order of one step:
+
+    get_batch_samples   the step's micro-batches; a teacher elsewhere is asked for those that follow
+    compute_loss        for each: targets, the student's forward with the objectives in its head, what they measured
+    (backward)          the Trainer's; gradients add up over the micro-batches
+    _get_grad_norm      the guard: nothing that is not a number is stepped on
+    (callbacks)         before the optimizer: a saddle's boost, the objectives' own gradients
+    (optimizer)         HybridOptimizer, then the schedule
+    (callbacks)         after it: λ of ternary weights, saddles, log line, evaluation, checkpoint
 
 Use it in your own script:
 
     trainer = DistillationTrainer(
-        model=student, args=DistillationArguments(output_dir="out", alpha=0.5, temperature=2.0),
+        model=student, args=DistillationArguments(output_dir="out", loss={"alpha": 0.5, "temperature": 2.0}),
         teacher=LocalTeacher(teacher_model), train_dataset=rows,
     )
     trainer.train()
@@ -21,30 +29,30 @@ from typing import Any
 import torch
 from transformers import PrinterCallback
 
-from limbeck.config import OptimizerConfig, SaddleConfig
-from limbeck.data.dataset import PackedDataset, PackedRows
+from limbeck.data.dataset import IGNORE, PackedDataset, PackedRows
 from limbeck.errors import ConfigError
-from limbeck.losses.dense import dense_distillation_loss
+from limbeck.losses.objective import AFTER_ALL_RAMPS, Batch, Context, Objectives
+from limbeck.losses.objectives import Distillation, KLToTeacher
 from limbeck.models import require_packing
-from limbeck.optim.groups import build_groups, check_groups
+from limbeck.optim.groups import build_groups, check_groups, objective_groups
 from limbeck.optim.hybrid import HybridOptimizer
 from limbeck.optim.schedules import SCHEDULES, build_schedule
+from limbeck.targets.reference import Reference
 from limbeck.targets.sparse import SparseTargets
 from limbeck.targets.store import TeacherCache
-from limbeck.teachers.base import AsyncTeacher, DenseTeacher, Reference, Teacher
+from limbeck.teachers.base import AsyncTeacher, DenseTeacher, Teacher
 from limbeck.training.arguments import DistillationArguments
 from limbeck.training.callbacks import LogLines
 from limbeck.training.checkpointing import CheckpointingTrainer
 from limbeck.training.collate import RowCollator
 from limbeck.training.dashboard import Dashboard, wants_dashboard
 from limbeck.training.guard import StepGuard
-from limbeck.training.head import LossRequest, attach_fused_loss
+from limbeck.training.head import LossRequest, attach_objectives
 from limbeck.training.metrics import StepMetrics
+from limbeck.training.own_parameters import OwnParameters
 from limbeck.training.prefetch import PENDING, TargetsAhead
 from limbeck.training.saddle import SaddleCallback
 from limbeck.training.ternarisation import TernaryWatch
-
-_AFTER_ALL_RAMPS = 1 << 60
 
 
 class DistillationTrainer(CheckpointingTrainer):
@@ -88,11 +96,13 @@ class DistillationTrainer(CheckpointingTrainer):
             require_packing(model, "student")
         # Outside torchrun one process drives one GPU: nn.DataParallel would bypass the fused forward.
         args._n_gpu = min(args.n_gpu, 1)
-        attach_fused_loss(model)
+        attach_objectives(model)
         self.teacher = teacher
         self.eval_teacher = eval_teacher or (teacher if teacher is not None and not teacher.in_workers else None)
-        self._alpha = args.alpha_ramp
-        self._temperature = args.temperature_ramp(teacher.temperatures if teacher is not None else ())
+        declared = teacher.temperatures if teacher is not None else ()
+        self.objectives = Objectives.of(Context(args.loss, model, teacher, declared))
+        distillation = next(term for _, term in self.objectives.terms if isinstance(term, Distillation))
+        self._scores = Objectives([*self.objectives.terms, (1.0, KLToTeacher(distillation))])
         self.metrics, self._guard = StepMetrics(), StepGuard()
         self._ahead: TargetsAhead | None = None
         self._slow_lines = 0
@@ -106,6 +116,8 @@ class DistillationTrainer(CheckpointingTrainer):
             **kwargs,
         )
         self.tokenizer_to_save = tokenizer
+        self.objectives.to(args.device)
+        self.add_callback(OwnParameters(self))
         self.step_loss = 0.0
         # compute_loss divides by the number of positions in the whole accumulated, data-parallel batch.
         self.model_accepts_loss_kwargs = True
@@ -119,8 +131,7 @@ class DistillationTrainer(CheckpointingTrainer):
         self.ternary = TernaryWatch(model, args.ternary_warmup_steps) if hasattr(model, "ternary_state") else None
         if self.ternary is not None:
             self.add_callback(self.ternary)
-        saddle = SaddleConfig.model_validate(args.saddle)
-        self.saddle = SaddleCallback(self, saddle) if saddle.enabled else None
+        self.saddle = SaddleCallback(self, args.saddle) if args.saddle.enabled else None
         if self.saddle is not None:
             self.add_callback(self.saddle)
 
@@ -148,7 +159,7 @@ class DistillationTrainer(CheckpointingTrainer):
         with self.metrics.waiting("teacher", self._teacher_device):
             targets = self._targets(rows, inputs, self.teacher)
         outputs = self._forward(model, rows, inputs["labels"], targets, num_items_in_batch)
-        self.metrics.add(outputs)
+        self.metrics.add((inputs["labels"] != IGNORE).sum(), outputs.metrics)
         loss = outputs.loss
         self._guard.saw(rows.row_ids, loss, targets)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
@@ -161,24 +172,17 @@ class DistillationTrainer(CheckpointingTrainer):
         rows: PackedRows,
         labels: torch.Tensor,
         targets: SparseTargets | None,
-        num_items: torch.Tensor | int | None,
-        **scores: Any,
+        num_items: torch.Tensor | int | None = None,
+        reference: Reference | None = None,
     ) -> Any:
-        args, step = self.args, self.state.global_step
-        request = LossRequest(
-            labels=labels,
-            targets=targets,
-            settings={**args.loss_settings, **self.loss_weights(step if model.training else _AFTER_ALL_RAMPS)},
-            router=(args.load_balance, args.router_aux, args.router_aux_kind),
-            num_items=num_items,
-            **scores,
-        )
-        return model(**rows.model_inputs(args.attention), loss_request=request)
+        step = self.ramped_step(self.state.global_step) if model.training else AFTER_ALL_RAMPS
+        batch = Batch(labels, targets, num_items, step, reference)
+        request = LossRequest(batch, self.objectives if model.training else self._scores)
+        return model(**rows.model_inputs(self.args.attention), loss_request=request)
 
-    def loss_weights(self, step: int) -> dict[str, float]:
-        """α and τ of an optimizer step, 0 being the first; ramps count from where the present settings began."""
-        since = max(step - self.settings_began, 0)
-        return {"alpha": self._alpha.at(since), "temperature": self._temperature.at(since)}
+    def ramped_step(self, step: int) -> int:
+        """The step by which ramps go, of an optimizer step: they count from where the present settings began."""
+        return max(step - self.settings_began, 0)
 
     @property
     def _teacher_device(self) -> torch.device | None:
@@ -220,7 +224,7 @@ class DistillationTrainer(CheckpointingTrainer):
             if self.saddle is not None:
                 logs["lr_boost"] = self.saddle.factor
             if distils:
-                logs.update(self.loss_weights(max(self.state.global_step - 1, 0)))
+                logs.update(self.objectives.scheduled(self.ramped_step(max(self.state.global_step - 1, 0))))
                 self._tell_if_slow(logs)
         try:
             super().log(logs, start_time)
@@ -268,7 +272,7 @@ class DistillationTrainer(CheckpointingTrainer):
         if dataset is None:
             raise ConfigError("evaluation was asked for and there is no eval_dataset; give one, or unset eval_steps.")
         clock, seen = time.perf_counter(), StepMetrics()
-        kl, whole, drawn = torch.zeros((), dtype=torch.float64, device=self.args.device), False, False
+        whole, drawn = False, False
         if self.ternary is not None:
             self.ternary.state.mix = 1.0  # what a checkpoint holds
         model = self.model_wrapped if self.model_wrapped is not None else self.model
@@ -284,22 +288,22 @@ class DistillationTrainer(CheckpointingTrainer):
             with self.compute_loss_context_manager():
                 targets = self._targets(rows, inputs, self.eval_teacher)
                 reference = self._reference(rows)
-                scores = {"scores_kl": targets is not None, "reference": reference}
-                outputs = self._forward(model, rows, inputs["labels"], targets, None, **scores)
+                outputs = self._forward(model, rows, inputs["labels"], targets, reference=reference)
             whole, drawn = reference is not None, targets is not None and targets.weights is not None
-            if start < count:
-                seen.add(outputs)
-                kl += outputs.kl_sum if outputs.kl_sum is not None else math.nan
-        sums, kl_sum = seen.sums(self._sum_over_ranks), float(self._sum_over_ranks(kl))
+            counts = int(start < count)
+            found = {name: value * counts for name, value in outputs.metrics.items()}
+            seen.add((inputs["labels"] != IGNORE).sum() * counts, found)
+        _, means = seen.means(self._sum_over_ranks)
         model.train()
-        tokens = max(sums["tokens"], 1.0)
-        metrics = {"loss": sums["ce"] / tokens, "perplexity": math.exp(min(sums["ce"] / tokens, 700.0))}
-        if self.eval_teacher is not None:
-            if math.isfinite(kl_sum):
-                name = "kl_to_teacher" if whole else "kl_to_teacher_estimate" if drawn else "kl_to_teacher_at_least"
-                metrics[name] = kl_sum / tokens if drawn else max(kl_sum / tokens, 0.0)
-            metrics["divergence"] = sums["divergence"] / tokens
-            metrics["top1_agreement"] = sums["top1"] / tokens
+        loss = means.pop("ce_loss")
+        metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        if "kl_to_teacher" in means:
+            kl = means.pop("kl_to_teacher")
+            name = "kl_to_teacher" if whole else "kl_to_teacher_estimate" if drawn else "kl_to_teacher_at_least"
+            metrics[name] = kl if drawn else max(kl, 0.0)
+        if "kl_loss" in means:
+            metrics["divergence"] = means.pop("kl_loss")
+        metrics |= {name: value for name, value in means.items() if "/" not in name}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -316,14 +320,12 @@ class DistillationTrainer(CheckpointingTrainer):
         """The groups of `optimizer` and `parameter_lr_multipliers`; every parameter in exactly one of them."""
         if self.optimizer is None:
             args = self.args
+            adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+            rules = args.parameter_lr_multipliers
             groups = build_groups(
-                model or self.model,
-                OptimizerConfig.model_validate(args.optimizer),
-                args.learning_rate,
-                args.weight_decay,
-                args.parameter_lr_multipliers,
-                {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon},
+                model or self.model, args.optimizer, args.learning_rate, args.weight_decay, rules, adam
             )
+            groups += objective_groups(self.objectives, args.optimizer, args.learning_rate, adam)
             self.optimizer = HybridOptimizer(groups)
         # Here too, because it may be the user's own: `optimizers=(…, None)`.
         check_groups(model or self.model, self.optimizer.param_groups)
@@ -342,9 +344,7 @@ class DistillationTrainer(CheckpointingTrainer):
             kind,
             num_training_steps,
             warmup,
-            decay_ratio=args.decay_ratio,
-            decay_type=args.decay_type,
-            min_lr_ratio=args.min_lr_ratio,
+            **args.schedule.model_dump(),
         )
         self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -365,16 +365,16 @@ class DistillationTrainer(CheckpointingTrainer):
 
     def probe_loss(self, rows: int) -> torch.Tensor:
         """The loss of the first `rows` training rows, written out so that it can be differentiated twice."""
-        args, device = self.args, self.args.device
         model = self.accelerator.unwrap_model(self.model).eval()
         items = [self.train_dataset[i] for i in range(min(rows, len(self.train_dataset)))]
         inputs = self._prepare_inputs(self.data_collator(items))
         packed = PackedRows(inputs["row_ids"], inputs["input_ids"], inputs["doc_ids"])
         targets = self._targets(packed, inputs, self.teacher)
-        settings = {**args.loss_settings, **self.loss_weights(self.state.global_step)}
-        settings.pop("chunk_size")
-        logits = model(**packed.to(device).model_inputs(args.attention)).logits
-        loss = dense_distillation_loss(logits, inputs["labels"], targets, **settings)
+        batch = Batch(inputs["labels"], targets, step=self.ramped_step(self.state.global_step))
+        request = LossRequest(batch, self.objectives, exact=True)
+        loss: torch.Tensor = model(
+            **packed.to(self.args.device).model_inputs(self.args.attention), loss_request=request
+        ).loss
         model.train()
         return loss
 
@@ -405,16 +405,16 @@ class DistillationTrainer(CheckpointingTrainer):
 
 def _check_teacher(teacher: Teacher, args: DistillationArguments, train_dataset: Any) -> None:
     """Refuse before anything runs what a teacher could not give later."""
-    for key, value in (("temperature", args.temperature), ("temperature_initial", args.temperature_initial)):
-        if value is not None and value not in teacher.temperatures:
-            raise ConfigError(
-                f"loss.{key} is {value} and the teacher declares {list(teacher.temperatures)}. "
-                "Use a declared temperature, or declare it in teacher.temperatures and make the targets again."
-            )
-    sampled_at = teacher.template().sampling_temperature
-    if sampled_at is not None and args.temperature_initial not in (None, sampled_at):
+    missing = args.loss.undeclared(teacher.temperatures)
+    if missing is not None:
         raise ConfigError(
-            f"loss.temperature_initial is {args.temperature_initial} and the targets' tail was sampled at "
+            f"loss.{missing[0]} is {missing[1]} and the teacher declares {list(teacher.temperatures)}. "
+            "Use a declared temperature, or declare it in teacher.temperatures and make the targets again."
+        )
+    sampled_at, initial = teacher.template().sampling_temperature, args.loss.temperature_initial
+    if sampled_at is not None and initial not in (None, sampled_at):
+        raise ConfigError(
+            f"loss.temperature_initial is {initial} and the targets' tail was sampled at "
             f"{sampled_at}. Keep the temperature, or use teacher.top_k instead of teacher.sampling."
         )
     if isinstance(teacher, TeacherCache) and isinstance(train_dataset, PackedDataset):
