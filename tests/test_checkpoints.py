@@ -178,13 +178,17 @@ def test_changed_settings_hold_after_resuming_from(recipe_tree, packed, tmp_path
     start = load_file(tmp_path / "first" / "step_2" / "model.safetensors")["model.norm.weight"]
     moved = {}
     for rate in (1e-4, 1e-2):
-        changed = {**base, "max_steps": 3, "learning_rate": rate, "resume_from": str(tmp_path / "first")}
+        changed = {**base, "max_steps": 3, "learning_rate": rate, "weight_decay": 0.25,
+                   "resume_from": str(tmp_path / "first")}  # fmt: skip
         folder = tmp_path / f"at{rate}"
         train(with_changes(recipe_tree, training=changed), folder)
         found = load_file(folder / "final" / "model.safetensors")["model.norm.weight"]
         moved[rate] = float((found - start).abs().mean())
         state = json.loads((folder / "step_3" / "trainer_state.json").read_text())
         assert state["log_history"][-1]["step"] <= 3
+        groups = torch.load(folder / "step_3" / "optimizer.pt", weights_only=True)["param_groups"]
+        assert {group["weight_decay"] for group in groups} == {0.0, 0.25}
+        assert {group["lr"] for group in groups} == {rate}
     assert moved[1e-2] == pytest.approx(100 * moved[1e-4], rel=0.01)
 
 

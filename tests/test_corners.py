@@ -21,15 +21,19 @@ from conftest import TINY, TOKENIZER, save_model, stopped_after, tiny_model
 from limbeck import DistillationTrainer, LocalTeacher, SparseTargets, TeacherCache
 from limbeck.config import DatasetConfig, Recipe, StudentConfig, TernaryConfig
 from limbeck.data.dataset import PackedDataset, PackedRows
-from limbeck.data.sources import open_source
+from limbeck.data.pack import pack
+from limbeck.data.pieces import _changes, _words
+from limbeck.data.sources import held_out, open_source
 from limbeck.data.tokenizer import _refuse_large_ids, load_tokenizer, train_tokenizer
 from limbeck.errors import ConfigError, LimbeckError, MismatchError
-from limbeck.evaluation.fidelity import _prefix_bytes, table
+from limbeck.evaluation.fidelity import _prefix_bytes, evaluate, table
 from limbeck.evaluation.run import evaluate_recipe
 from limbeck.export.blocks import BLOCK_TYPES
 from limbeck.export.gguf import _FILE_TYPES, GGUFExport
-from limbeck.export.inspect import describe
+from limbeck.export.inspect import describe, inspect_gguf
+from limbeck.export.run import _default_output
 from limbeck.export.verify import compare_with_llama_cpp, held_out_rows
+from limbeck.export.vocabulary import splitting_rule
 from limbeck.models import load_causal_lm
 from limbeck.students.build import build_student, make_ternary
 from limbeck.students.quantizer import PackedWeight
@@ -42,6 +46,77 @@ from test_pieces import llama_2
 from test_trainer import arguments, distributions, student_and_teacher, with_changes
 
 # -- data -----------------------------------------------------------------------------------------------
+
+
+def test_as_many_documents_as_asked_for_and_files_of_known_kinds_alone(tmp_path, caplog):
+    folder = tmp_path / "texts"
+    (folder / "folder.txt").mkdir(parents=True)
+    for number in range(5):
+        (folder / f"{number}.txt").write_text(f"text {number} " * 20)
+    (folder / "notes.pdf").write_text("not a text")
+    tokenizer = load_tokenizer("tiny-python")
+    settings = {"name": str(folder), "max_length": 16, "validation_fraction": 0.0}
+    assert [document.key for document in open_source(DatasetConfig(**settings)).documents()] == [
+        f"{number}.txt" for number in range(5)
+    ]
+    made = pack(DatasetConfig(**settings, max_samples=3), tokenizer, tmp_path / "packed")
+    assert made["documents"] == 3
+    (tmp_path / "none.jsonl").write_text("")
+    with pytest.raises(LimbeckError, match="holds no documents"):
+        pack(DatasetConfig(**{**settings, "name": str(tmp_path / "none.jsonl")}), tokenizer, tmp_path / "empty")
+
+
+def test_a_tokenizer_is_trained_on_what_is_not_held_out(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(40):
+        name = f"{number}.txt"
+        word = "zyxwvu" if held_out(name, 0.5) else "abcdef"
+        (folder / name).write_text(f" {word}" * 50)
+    dataset = {"name": str(folder), "validation_fraction": 0.5}
+    recipe = Recipe.model_validate({"dataset": dataset, "tokenizer": {"train_vocab_size": 300}})
+    tokens = train_tokenizer(recipe, tmp_path / "made").hf.get_vocab()
+    assert any("abcdef" in token for token in tokens)
+    assert not any("zyx" in token for token in tokens)
+
+
+def test_a_tokenizer_that_pads_is_told_not_to(tmp_path):
+    folder = save_model(tiny_model(), tmp_path / "m")
+    data = json.loads((folder / "tokenizer.json").read_text())
+    data["padding"] = {"strategy": {"Fixed": 12}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                       "pad_type_id": 0, "pad_token": "<|endoftext|>"}  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    tokenizer = load_tokenizer(str(folder))
+    (ids,) = tokenizer.hf.backend_tokenizer.encode_batch_fast(["def f"])
+    assert len(ids) == len(load_tokenizer("tiny-python").hf("def f")["input_ids"])
+
+
+def test_where_characters_change_their_kind():
+    text = "ab12 c..d3e  "
+    kinds = ["a" if c.isalpha() else "1" if c.isdigit() else " " if c.isspace() else "." for c in text]
+    for half in (2, 4, 6):
+        borders = [i for i in range(half + 1, 2 * half + 1) if kinds[i] != kinds[i - 1]] if 2 * half < len(text) else []
+        assert list(_changes(text, half)) == borders[::-1]
+    words = "aa bb cc dd ee ff"
+    assert list(_words(words, 4)) == [5]
+    assert list(_words(words, 5)) == [8, 5]
+
+
+def test_rows_of_many_groups_are_those_of_memory(corpus, tmp_path, monkeypatch):
+    import limbeck.data.dataset as module
+
+    settings = {"name": str(corpus), "max_length": 8, "validation_fraction": 0.0}
+    pack(DatasetConfig(**settings), load_tokenizer("tiny-python"), tmp_path / "packed")
+    memory = PackedDataset(tmp_path / "packed")
+    assert len(memory) > 3 * 64
+    wanted = memory.rows(range(len(memory)))
+    monkeypatch.setattr(module, "_IN_MEMORY_BYTES", 0)
+    found = PackedDataset(tmp_path / "packed").rows(range(len(memory)))
+    assert torch.equal(found.input_ids, wanted.input_ids)
+    assert torch.equal(found.doc_ids, wanted.doc_ids)
+    for beyond in (-1, len(memory)):
+        with pytest.raises(IndexError, match=f"row {beyond} of {len(memory)}"):
+            memory[beyond]
 
 
 def test_a_trained_tokenizer_splits_as_gpt2_does_and_gives_any_text_back(corpus, tmp_path):
@@ -167,6 +242,30 @@ def test_models_and_rows_of_other_tokenizers_are_not_scored(recipe_tree, recipe,
         evaluate_recipe(recipe, {"student": str(teacher_folder)})
 
 
+def test_a_model_that_is_evaluated_has_the_datas_tokenizer_and_keeps_documents_apart(recipe, packed, tmp_path):
+    other = save_model(tiny_model(), tmp_path / "other")
+    data = json.loads((other / "tokenizer.json").read_text())
+    data["normalizer"] = {"type": "Lowercase"}
+    (other / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(MismatchError, match="tokenizer"):
+        evaluate_recipe(recipe, {"student": str(other)})
+    mamba = tiny_model(model_type="mamba", state_size=8, intermediate_size=64)
+    folder = save_model(mamba, tmp_path / "mamba")
+    with pytest.raises(ConfigError, match="does not keep the documents"):
+        evaluate_recipe(recipe, {"student": str(folder)})
+
+
+def test_hidden_states_of_another_width_than_the_rows_are_long(packed):
+    model = tiny_model(hidden_size=48)
+    rows = packed.rows(range(len(packed)))
+    kept = rows.labels >= 0
+    with torch.no_grad():
+        logits = model(**rows.model_inputs("per_document")).logits[kept]
+    wanted = torch.nn.functional.cross_entropy(logits, rows.labels[kept])
+    found = evaluate(model, packed, np.ones(4096, dtype=np.int64))
+    assert found.loss == pytest.approx(float(wanted), rel=1e-5)
+
+
 # -- export ---------------------------------------------------------------------------------------------
 
 
@@ -236,6 +335,11 @@ def test_a_file_says_whether_texts_begin_and_end_with_special_tokens(tmp_path):
         assert fields["tokenizer.ggml.pre"].contents() == "gpt-2"
 
 
+def test_an_export_lies_beside_its_model(tmp_path):
+    assert _default_output(tmp_path / "run", tmp_path / "run" / "final", "x") == tmp_path / "run" / "export" / "x"
+    assert _default_output(tmp_path / "final", tmp_path / "final", "x") == tmp_path / "export" / "x"
+
+
 def test_a_files_tokens_say_what_they_are(tmp_path):
     """Special ones control, added ones are the user's, and rows beyond the tokenizer's stand for no text."""
     from tokenizers import AddedToken
@@ -254,6 +358,9 @@ def test_a_files_tokens_say_what_they_are(tmp_path):
     assert (tokens[4100], types[4097:]) == ("[PAD4100]", [kinds.UNUSED] * 7)
     assert types[tokens.index("<|endoftext|>")] == kinds.CONTROL
     assert types.count(kinds.NORMAL) == 4096 - types.count(kinds.CONTROL)
+    assert fields["llama.vocab_size"].contents() == 4104
+    stored = {tensor["name"]: tensor["type"] for tensor in inspect_gguf(tmp_path / "m.gguf")["tensors"]}
+    assert (stored["blk.0.attn_q.weight"], stored["blk.0.attn_norm.weight"]) == ("f16", "f32")
     assert fields["general.quantization_version"].contents() == gguf.GGML_QUANT_VERSION
 
 
@@ -303,6 +410,13 @@ def test_a_described_file_has_a_line_a_tensor():
     lines = describe(found).splitlines()
     assert sum("16 bytes  16 bits/weight" in line for line in lines) == 2
     assert any(line.startswith("a.weight  F16") for line in lines)
+    assert "0" in describe({**found, "tensors": [], "weights": 0})
+
+
+@pytest.mark.parametrize(("kind", "pieces"), [("BPE", "Whitespace"), ("WordPiece", "ByteLevel")])
+def test_both_halves_of_a_byte_level_bpe_are_asked_for(kind, pieces):
+    with pytest.raises(LimbeckError, match="knows byte-level BPE alone"):
+        splitting_rule({"model": {"type": kind}, "pre_tokenizer": {"type": pieces, "add_prefix_space": False}})
 
 
 # -- students -------------------------------------------------------------------------------------------
@@ -353,6 +467,16 @@ def test_a_student_is_built_as_its_section_says():
     assert ternary.config.quantization_config["group_size"] == 8
 
 
+def test_a_students_code_is_trusted_as_its_section_says(monkeypatch):
+    import limbeck.students.build as module
+
+    asked = []
+    monkeypatch.setattr(module, "load_causal_lm", lambda name, **given: asked.append((name, given)) or tiny_model())
+    section = StudentConfig(model="here", revision="v1", trust_remote_code=True, config={"rope_theta": 5.0})
+    build_student(section, 4096, 0, {})
+    assert asked == [("here", {"revision": "v1", "trust_remote_code": True, "dtype": "float32", "rope_theta": 5.0})]
+
+
 @pytest.mark.parametrize(("width", "grouped"), [(16, True), (12, False)])
 def test_grouped_products_are_used_for_the_widths_they_take(monkeypatch, width, grouped):
     import limbeck.students.ternary as module
@@ -375,6 +499,13 @@ def test_packed_experts_have_groups_along_their_inputs():
 
 
 # -- targets --------------------------------------------------------------------------------------------
+
+
+def test_a_cache_writes_into_its_folder_alone(recipe, packed, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    build_cache(recipe, tmp_path / "cache")
+    assert not list((tmp_path / "here").iterdir())
 
 
 def test_a_caches_targets_come_with_the_data(recipe, packed, tmp_path):
@@ -448,6 +579,16 @@ def test_a_checkpoint_remembers_flops_best_and_settings(packed, tmp_path):
     again.train(resume_from_checkpoint=str(tmp_path / "step_2"))
     assert again.settings_began == 2
     assert again.state.best_global_step is None, "the best of another folder is not this run's"
+
+
+def test_a_weight_of_ten_thousand_is_a_cause(tmp_path):
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = 10_500.0
+    guard = StepGuard()
+    guard.saw(torch.tensor([9]), torch.tensor(math.nan), None)
+    with pytest.raises(LimbeckError, match=r"the largest weight is 1.05e\+04"):
+        guard.check(1, 1.0, model, arguments(tmp_path), scaled=False)
 
 
 def test_the_guard_looks_at_the_last_twenty_steps(tmp_path):
@@ -538,3 +679,6 @@ def test_weights_that_are_no_safetensors_are_not_unpickled(recipe_tree, packed, 
     weights.unlink()
     with pytest.raises((LimbeckError, OSError), match="safetensors"):
         train(with_changes(recipe_tree, training=settings), folder)
+    trainer = DistillationTrainer(tiny_model(), arguments(tmp_path / "other", max_steps=4), train_dataset=packed)
+    with pytest.raises(OSError, match="safetensors"):
+        trainer.train(resume_from_checkpoint=str(folder / "step_2"))

@@ -131,6 +131,24 @@ def test_bfloat16_accumulates_in_float32():
     assert float(error) < 0.02
 
 
+def test_a_scale_of_two_is_a_weight_twice_as_large(problem):
+    hidden, weight, _, labels, teacher = problem
+    targets = SparseTargets.from_logits(teacher, K, TAUS)
+    found = fused_distillation_loss(hidden, weight, labels, targets, logit_scale=2.0).loss
+    wanted = fused_distillation_loss(2.0 * hidden, weight, labels, targets).loss
+    torch.testing.assert_close(found, wanted)
+    for mine, theirs in zip(*(torch.autograd.grad(x, (hidden, weight)) for x in (found, wanted)), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_gradients_are_given_once():
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(9, 4)
+    loss = fused_distillation_loss(hidden, weight, torch.tensor([1, 2, 3])).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="a second time"):
+        loss.backward()
+
+
 def test_vanishing_tails_stay_finite():
     """A student and a teacher that are certain of different ids: everything finite, in float32."""
     teacher = torch.full((4, 50), -60.0)

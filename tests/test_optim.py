@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -387,6 +388,17 @@ def test_fused_tensors_of_other_models_are_split_where_their_matrices_end(kind):
         layouts = [layout for name, layout in found.items() if name.endswith(suffix)]
         assert layouts, (suffix, sorted(found))
         assert all(layout.rows == rows for layout in layouts), suffix
+
+
+def test_gate_and_up_side_by_side_are_cut_between_columns():
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = SimpleNamespace(hidden_size=8)
+            self.experts = torch.nn.Module()
+            self.experts.gate_up_proj = torch.nn.Parameter(torch.zeros(3, 8, 20))
+
+    assert hidden_matrices(Layer()) == {"experts.gate_up_proj": MatrixLayout(10, True)}
 
 
 def test_state_space_parameters_do_not_decay():

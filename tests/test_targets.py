@@ -1,6 +1,7 @@
 """SparseTargets, sampling and the codec."""
 
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -33,12 +34,13 @@ def test_tempered_probabilities_and_tail_are_exact():
 
 
 def test_a_tail_below_rounding_is_as_large_as_the_rounding_of_what_is_known():
-    """Two ids that hold everything: each ln 2 is known to half a rounding of float32, a share 2**-24 of itself."""
-    ids = torch.tensor([[0, 1, -1]])
-    logprobs = torch.tensor([[math.log(0.5), math.log(0.5), -math.inf]])
-    log_p, log_tail = SparseTargets(ids, logprobs, torch.zeros(1, 1), (1.0,), vocab_size=9).at_temperature(1.0)
-    torch.testing.assert_close(log_p, logprobs)
-    assert float(log_tail) == pytest.approx(math.log(math.log(2.0)) - 24 * math.log(2.0), abs=1e-5)
+    """Ids that hold everything: each logarithm is known to half a rounding of float32, a share 2**-24 of itself."""
+    ids = torch.tensor([[0, 1, -1, -1], [0, 1, 2, 3]])
+    shares = torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.25] * 4])
+    targets = SparseTargets(ids, shares.log(), torch.zeros(2, 1), (1.0,), vocab_size=9)
+    log_p, log_tail = targets.at_temperature(1.0)
+    torch.testing.assert_close(log_p, shares.log())
+    assert log_tail.tolist() == pytest.approx([math.log(math.log(n)) - 24 * math.log(2.0) for n in (2, 4)], abs=1e-5)
 
 
 def test_to_dense_sums_to_one_and_keeps_the_support():
@@ -61,6 +63,14 @@ def test_restrict_vocabulary_drops_padding_and_refuses_tokens():
     torch.testing.assert_close(dense, kept, rtol=1e-4, atol=1e-6)
     with pytest.raises(MismatchError, match="does not have"):
         SparseTargets.from_logits(logits, 50, TAUS).restrict_vocabulary(1)
+
+
+def test_up_to_a_hundredth_of_the_mass_may_be_padding():
+    for lost, refused in ((0.008, False), (0.013, True)):
+        p = torch.tensor([[0.7, 0.3 - lost, lost]])
+        targets = SparseTargets.from_logits(p.log(), 3, TAUS)
+        with pytest.raises(MismatchError, match="of its probability") if refused else nullcontext():
+            assert targets.restrict_vocabulary(2).vocab_size == 2
 
 
 @pytest.mark.parametrize(("vocab", "k"), [(4096, 64), (151936, 64), (300, 300), (50, 7), (1000, 1), (70000, 33)])

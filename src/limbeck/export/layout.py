@@ -145,8 +145,7 @@ def add_hyperparameters(writer: Any, config: Any) -> None:
     import gguf
 
     rope = getattr(config, "rope_parameters", None) or {}
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads, width = config.num_attention_heads, config.head_dim
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)

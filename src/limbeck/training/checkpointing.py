@@ -34,6 +34,7 @@ from limbeck.training.checkpoints import (
 )
 from limbeck.training.guard import DivergedError
 from limbeck.training.own_parameters import load_own, save_own
+from limbeck.training.private import check_attributes, check_trainer
 
 
 class CheckpointingTrainer(Trainer):
@@ -46,6 +47,7 @@ class CheckpointingTrainer(Trainer):
     objectives: Objectives
 
     def __init__(self, *, args: Any, **kwargs: Any) -> None:
+        check_trainer(Trainer)
         # transformers knows no step_N; these checkpoints are rotated here.
         self._keep_checkpoints, args.save_total_limit = args.save_total_limit, None
         self._warned: set[str] = set()
@@ -322,6 +324,7 @@ class _RestoreProgress(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Restore, unless this is a fresh start or a change of settings."""
+        check_attributes(self._trainer)
         if self._trainer._saved_progress and not self._trainer._settings_changed:
             self._trainer.restore_progress(self._trainer._saved_progress)
 

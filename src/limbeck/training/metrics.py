@@ -49,13 +49,14 @@ class StepMetrics:
 
     def means(self, reduce: Reduce) -> tuple[float, dict[str, float]]:
         """Positions over all ranks, and the mean of each metric over them; of a vector NAME/000, NAME/001 …"""
-        flat = torch.cat([value.reshape(-1) for value in self._sums.values()]) if self._sums else torch.zeros(1)
+        flat = torch.cat([value.reshape(-1) for value in self._sums.values()]) if self._sums else torch.zeros(0)
         values = iter(reduce(flat).tolist())  # one message for all
-        tokens = next(values)
-        means: dict[str, float] = {}
-        for name, value in list(self._sums.items())[1:]:
+        sums: dict[str, float] = {}
+        for name, value in self._sums.items():
             names = [name] if value.ndim == 0 else [f"{name}/{number:03d}" for number in range(len(value))]
-            means.update({key: next(values) / max(tokens, 1.0) for key in names})
+            sums.update({key: next(values) for key in names})
+        tokens = sums.pop(TOKENS, 0.0)
+        means = {name: total / max(tokens, 1.0) for name, total in sums.items()}
         return tokens, means
 
     def drain(self, reduce: Reduce, *, distils: bool, targets_by_loader: bool) -> dict[str, float]:
