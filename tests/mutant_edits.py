@@ -9,7 +9,6 @@ import ast
 import bisect
 import hashlib
 import itertools
-import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -288,14 +287,20 @@ def parses(mutant: Mutant) -> bool:
 
 
 def sample(packages: list[str], count: int, seed: int) -> list[Mutant]:
-    """`count` mutants, shared out by lines of code, in an order in which any beginning is as well spread."""
+    """`count` mutants, shared out by lines of code, in an order in which any beginning is as well spread.
+
+    The order goes by a hash of each mutant's own text, so that a changed line changes its own mutants and no others.
+    """
     files = {name: sorted({p for g in PACKAGES[name] for p in SOURCE.glob(g)}) for name in packages}
     size = {name: sum(len(path.read_bytes().splitlines()) for path in files[name]) for name in packages}
-    chosen = []
+
+    def place(mutant: Mutant) -> tuple[bytes, int]:
+        text = f"{seed}|{mutant.file}|{mutant.operator}|{mutant.before}|{mutant.after}"
+        return hashlib.sha256(text.encode()).digest(), mutant.start
+
+    chosen: list[Mutant] = []
     for name in packages:
-        every = [mutant for path in files[name] for mutant in mutants_of(name, path)]
+        every = sorted((mutant for path in files[name] for mutant in mutants_of(name, path)), key=place)
         share = max(1, round(count * size[name] / sum(size.values())))
-        random.Random(f"{seed} {name}").shuffle(every)
         chosen += itertools.islice(filter(parses, every), share)
-    random.Random(seed).shuffle(chosen)
-    return chosen
+    return sorted(chosen, key=place)
