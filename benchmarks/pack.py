@@ -48,7 +48,7 @@ def pack_ours(corpus: Path, folder: Path, processes: int, tokenizer) -> int:
 
     config = DatasetConfig(name=str(corpus), max_length=LENGTH, validation_fraction=0.0, num_proc=processes)
     manifest = pack(config, tokenizer, folder)
-    return manifest["splits"]["train"]["tokens"]
+    return manifest.splits["train"].tokens
 
 
 def pack_with_datasets(corpus: Path, folder: Path, processes: int, tokenizer) -> int:

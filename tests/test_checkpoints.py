@@ -14,7 +14,7 @@ from conftest import limbeck, tiny_model
 from limbeck import DistillationTrainer
 from limbeck.errors import ConfigError, CorruptError, LimbeckError
 from limbeck.training import checkpoints
-from limbeck.training.stages import train
+from limbeck.training.phases import train
 from test_trainer import arguments, weights, with_changes
 
 
@@ -230,7 +230,7 @@ def test_a_start_that_cannot_be_is_refused_before_anything_is_touched(recipe_tre
         with pytest.raises(ConfigError):
             train(recipe, folder)
     assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) == before
-    assert train(with_changes(recipe_tree, training=base), folder)["steps"] == 4  # found done
+    assert train(with_changes(recipe_tree, training=base), folder).steps == 4  # found done
 
 
 @pytest.mark.parametrize("moment", ["forget_after", "save"])
@@ -256,7 +256,7 @@ def test_a_change_of_mode_survives_a_kill_anywhere(recipe_tree, packed, tmp_path
                 with pytest.raises(KeyboardInterrupt):
                     train(recipe, folder)
         manifest = train(recipe, folder)
-        assert manifest["steps"] == 6
+        assert manifest.steps == 6
         logs = json.loads((folder / "step_6" / "trainer_state.json").read_text())["log_history"]
         results[name] = (
             [e["alpha"] for e in logs if "alpha" in e],

@@ -40,7 +40,7 @@ from limbeck.students.quantizer import PackedWeight
 from limbeck.targets.codec import CodecSpec, decode, encode
 from limbeck.teachers.build_cache import build_cache
 from limbeck.training.guard import StepGuard
-from limbeck.training.stages import train
+from limbeck.training.phases import train
 from test_optim import EXPERTS
 from test_pieces import llama_2
 from test_trainer import arguments, distributions, student_and_teacher, with_changes
@@ -60,7 +60,7 @@ def test_as_many_documents_as_asked_for_and_files_of_known_kinds_alone(tmp_path,
         f"{number}.txt" for number in range(5)
     ]
     made = pack(DatasetConfig(**settings, max_samples=3), tokenizer, tmp_path / "packed")
-    assert made["documents"] == 3
+    assert made.documents == 3
     (tmp_path / "none.jsonl").write_text("")
     with pytest.raises(LimbeckError, match="holds no documents"):
         pack(DatasetConfig(**{**settings, "name": str(tmp_path / "none.jsonl")}), tokenizer, tmp_path / "empty")

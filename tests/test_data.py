@@ -34,7 +34,7 @@ def test_rows_hold_every_document_in_order(corpus, tokenizer, tmp_path):
         mine = [d for d in documents if held_out(d.key, 0.2) == (split == "validation")]
         expected = [tokenizer.hf(d.text)["input_ids"] + [tokenizer.eos_id] for d in mine]
         assert ids[owners >= 0].tolist() == [i for document in expected for i in document]
-        assert manifest["splits"][split]["tokens"] == sum(map(len, expected))
+        assert manifest.splits[split].tokens == sum(map(len, expected))
         assert len(set(owners[owners >= 0].tolist())) == len(mine)
 
 
@@ -90,7 +90,7 @@ def test_finished_folders_are_found_done_and_others_refused(corpus, tokenizer, t
         pack(config(corpus, max_length=16), tokenizer, tmp_path / "out")
     assert digest(tmp_path / "out", "*") == before
     forced = pack(config(corpus, max_length=16), tokenizer, tmp_path / "out", force=True)
-    assert forced["max_length"] == 16
+    assert forced.max_length == 16
 
 
 def test_a_folder_of_somebody_else_is_never_touched(corpus, tokenizer, tmp_path):

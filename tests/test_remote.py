@@ -216,9 +216,7 @@ def test_cached_over_http_is_cached_locally(recipe, packed, ours, teacher_folder
     theirs = build_cache(remote, tmp_path / "remote")
     a, b = TeacherCache(tmp_path / "local"), TeacherCache(tmp_path / "remote")
     assert len(a) == len(b) > 20
-    assert [s["rows"] for s in own["splits"]["train"]["shards"]] == [
-        s["rows"] for s in theirs["splits"]["train"]["shards"]
-    ]
+    assert [s.rows for s in own.splits["train"].shards] == [s.rows for s in theirs.splits["train"].shards]
     one, two = a.read(range(20)), b.read(range(20))
     assert torch.equal(one.token_ids, two.token_ids)
     torch.testing.assert_close(one.logprobs, two.logprobs, rtol=1e-3, atol=1e-3)

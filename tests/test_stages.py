@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from conftest import limbeck, stopped_after
 from limbeck.config import Recipe
 from limbeck.errors import ConfigError, LimbeckError
-from limbeck.pipeline import build_nodes, run_pipeline
+from limbeck.pipeline import build_stages, run_pipeline
 from limbeck.recipe import load_recipe
 from limbeck.students.build import build_student
 from test_trainer import with_changes
@@ -154,7 +154,7 @@ def test_stages_with_the_same_rows_share_them(recipe_tree):
         {"stage_name": "c", "max_steps": 1},
     ]}  # fmt: skip
     recipe = with_changes(recipe_tree, stages=stages)
-    assert [node.name for node in build_nodes(recipe)] == [
+    assert [node.name for node in build_stages(recipe)] == [
         "pack", "pack:a", "cache:a", "cache", "train", "evaluate",
     ]  # fmt: skip
     folders = {stage.stage_name: own.cache_dir.name for stage, own in recipe.stage_recipes()}

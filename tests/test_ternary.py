@@ -19,7 +19,7 @@ from limbeck.models import load_causal_lm
 from limbeck.students.build import choose_ternary, make_ternary
 from limbeck.students.quantizer import pack_codes, unpack_codes
 from limbeck.students.ternary import TernaryState, quantise, round_activations, ternarise
-from limbeck.training.stages import train
+from limbeck.training.phases import train
 from test_optim import EXPERTS
 from test_trainer import arguments, weights, with_changes
 

@@ -19,7 +19,7 @@ from limbeck.errors import ConfigError, CorruptError, LimbeckError
 from limbeck.teachers.build_cache import build_cache
 from limbeck.training.collate import RowCollator
 from limbeck.training.head import attach_objectives
-from limbeck.training.stages import train
+from limbeck.training.phases import train
 
 
 def arguments(folder, **changes):
@@ -196,7 +196,7 @@ def test_nothing_is_trained_after_the_last_step(recipe_tree, packed, tmp_path):
     (folder / "manifest.json").unlink()
     (folder / "final").rename(folder / ".final.tmp")  # half-written, as a kill leaves it
     manifest = train(recipe, folder)
-    assert manifest["steps"] == 3
+    assert manifest.steps == 3
     assert (folder / "final" / "model.safetensors").read_bytes() == before
     assert not (folder / ".final.tmp").exists()
 
@@ -209,7 +209,7 @@ def test_resume_from_an_earlier_checkpoint_leaves_the_later_ones(recipe_tree, pa
     manifest = train(with_changes(recipe_tree, training=changed), folder)
     lines = [json.loads(line) for line in (folder / "provenance.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 2]
-    assert manifest["steps"] == 3
+    assert manifest.steps == 3
     assert sorted(path.name for path in folder.glob("step_*")) == ["step_1", "step_2", "step_3"]
 
 

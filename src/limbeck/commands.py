@@ -85,13 +85,7 @@ def _pipeline(recipe: Recipe, last: str | None, options: Options) -> Result:
         text = "\n".join(f"{stage.name:<10} {stage.state}" for stage in stages)
         return Result({"stages": [{"name": s.name, "state": s.state} for s in stages]}, text)
     report = run_pipeline(recipe, last, force=options.force, keep_existing=options.skip_existing)
-    data: dict[str, Any] = {"stages": [asdict(stage) for stage in report.stages]}
-    if report.evaluation:
-        data["evaluation"] = report.evaluation
-    if report.sample is not None:
-        data["sample"] = report.sample
-    if report.sizes:
-        data["sizes"] = report.sizes
+    data: dict[str, Any] = {"stages": [asdict(stage) for stage in report.stages], **report.results}
     folder = {"pack": recipe.packed_dir, "cache": recipe.cache_dir, "train": recipe.student_dir}.get(last or "")
     if folder is not None:
         data["output"] = str(folder)
@@ -99,42 +93,19 @@ def _pipeline(recipe: Recipe, last: str | None, options: Options) -> Result:
 
 
 def _report_text(report: RunReport, folder: Path) -> str:
-    parts = ["  ".join(f"{stage.name} {stage.state} {stage.seconds:.1f}s" for stage in report.stages)]
-    if report.evaluation:
-        parts.append(_table_text(report.evaluation))
-    if report.sizes:
-        names = {"checkpoint_mb": "checkpoint", "packed_mb": "packed", "gguf_mb": f"GGUF ({report.sizes.get('type')})"}
-        steps = [f"{label} {report.sizes[key]:.2f} MB" for key, label in names.items() if key in report.sizes]
-        parts.append("student: " + " → ".join(steps))
-    if report.sample is not None:
-        parts.append(f"sample:\n{report.sample}")
-    parts.append(f"results in {folder}")
-    return "\n\n".join(parts)
-
-
-def _table_text(results: dict[str, dict[str, Any]]) -> str:
-    from limbeck.evaluation.fidelity import table
-
-    rows = table(results)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    steps = "  ".join(f"{stage.name} {stage.state} {stage.seconds:.1f}s" for stage in report.stages)
+    return "\n\n".join([steps, *report.texts, f"results in {folder}"])
 
 
 def evaluate(recipe: Recipe, options: Options) -> Result:
     """Score a model on the held-out rows."""
+    from limbeck.evaluation.fidelity import table_text
     from limbeck.evaluation.run import evaluate_recipe
     from limbeck.training.run import student_folder
 
     folder = recipe.evaluation.model or student_folder(recipe.student_dir)
     results = evaluate_recipe(recipe, {"student": str(folder)})
-    return Result(results, _table_text(results))
+    return Result(results, table_text(results))
 
 
 def generate(recipe: Recipe, options: Options) -> Result:

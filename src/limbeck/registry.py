@@ -42,7 +42,10 @@ class Choice(BaseModel):
 
     @model_serializer
     def _as_written(self) -> str | dict[str, Any]:
-        return {"name": self.name, **self.parameters} if self.parameters else self.name
+        own = {key: getattr(self, key) for key in type(self).model_fields if key != "name"}
+        set_ = {key: value for key, value in own.items() if value != type(self).model_fields[key].default}
+        given = {**set_, **self.parameters}
+        return {"name": self.name, **given} if given else self.name
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -183,4 +186,5 @@ def _place(part: Any) -> str:
 
 
 DIVERGENCES: Registry[Any] = Registry("divergence", "loss.divergence", "limbeck.losses.divergences")
+STAGES: Registry[Any] = Registry("stage", "pipeline.stages", "limbeck.stages")
 OBJECTIVES: Registry[Any] = Registry("objective", "loss.objectives", "limbeck.losses.objectives")

@@ -1,8 +1,6 @@
-"""Files that are whole or absent: atomic writes, content hashes, manifests and the folder lock.
+"""Files that are whole or absent: atomic writes, content hashes, plain words for a disk's errors, the folder lock.
 
-The one idea: a folder limbeck writes is complete exactly when it holds `manifest.json`, and that file is
-written last and atomically. `inputs.json` is written first and says what the folder is being made from;
-so a folder with inputs but no manifest is unfinished work that the same inputs may continue.
+The one idea: whatever is written appears under its name by one rename, after it has been flushed.
 """
 
 import contextlib
@@ -14,15 +12,10 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from limbeck.errors import CorruptError, IncompleteError, LimbeckError, MismatchError
-
-MANIFEST = "manifest.json"
-INPUTS = "inputs.json"
-SCHEMA_VERSION = 1
+from limbeck.errors import CorruptError, LimbeckError
 
 
 def canonical_json(value: Any) -> str:
@@ -211,41 +204,6 @@ def read_json_lines(path: Path) -> list[Any]:
     return found
 
 
-_KINDS = {"data pack": "packed", "teacher cache": "teacher_cache", "train": "student"}
-
-
-def read_manifest(folder: Path, stage: str) -> dict[str, Any]:
-    """The manifest of a complete folder that `limbeck STAGE` made.
-
-    Raises:
-        IncompleteError: the folder is absent or has no manifest; the message names the command to run.
-        CorruptError: it was written by another schema version or is not JSON.
-    """
-    path = folder / MANIFEST
-    if not path.exists():
-        what = "is unfinished" if folder.exists() else "does not exist"
-        raise IncompleteError(f"{folder} {what} (no {MANIFEST}). Run `limbeck {stage}` to make or continue it.")
-    manifest: dict[str, Any] = read_json(path)
-    if manifest.get("schema_version") != SCHEMA_VERSION:
-        raise CorruptError(
-            f"{path} has schema version {manifest.get('schema_version')}, this limbeck reads "
-            f"{SCHEMA_VERSION}. Make the folder again with `limbeck {stage}`."
-        )
-    if stage in _KINDS and manifest.get("kind") != _KINDS[stage]:
-        raise MismatchError(
-            f"{folder} holds {manifest.get('kind')!r} and {_KINDS[stage]!r} is wanted. Name the folder that "
-            f"`limbeck {stage}` wrote."
-        )
-    return manifest
-
-
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Mark `folder` complete and return what was written. Call it after every other file is in place."""
-    whole = {"schema_version": SCHEMA_VERSION, **manifest}
-    write_json(folder / MANIFEST, whole)
-    return whole
-
-
 def inside(folder: Path, name: str) -> Path:
     """`folder / name`, refused when `name` (read from a manifest) would leave the folder."""
     path = (folder / name).resolve()
@@ -286,136 +244,3 @@ def folder_lock(folder: Path, name: str = ".lock") -> Iterator[None]:
                 for path in created:
                     path.rmdir()
         lock.release()
-
-
-@dataclass(frozen=True)
-class StageFolder:
-    """A folder owned by one stage of the pipeline, and what it is made from."""
-
-    path: Path
-    stage: str
-    inputs: dict[str, Any]
-    aside: Path | None = None  # where `begin` moves a folder made from other inputs; None refuses it
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of everything the folder's content depends on."""
-        return fingerprint(self.inputs)
-
-    def recorded(self) -> str | None:
-        """Fingerprint of the inputs the folder was begun with, or None for a new folder."""
-        path = self.path / INPUTS
-        return str(read_json(path)["fingerprint"]) if path.exists() else None
-
-    def is_done(self) -> bool:
-        """True when the folder is complete and made from exactly these inputs."""
-        return (self.path / MANIFEST).exists() and self.recorded() == self.fingerprint
-
-    def manifest(self) -> dict[str, Any]:
-        """The manifest of the complete folder."""
-        return read_manifest(self.path, self.stage)
-
-    def differences(self) -> str:
-        """The first inputs that differ from the recorded ones, as `key: recorded -> wanted`."""
-        path = self.path / INPUTS
-        recorded = read_json(path)["inputs"] if path.exists() else {}
-        found = []
-        for key in sorted(recorded.keys() | self.inputs.keys()):
-            old, new = recorded.get(key), json.loads(canonical_json(self.inputs.get(key)))
-            if old != new:
-                found.append(f"{key}: {_short(old)} -> {_short(new)}")
-        return "; ".join(found[:4])
-
-    def begin(self, *, clean: bool = True, replace: bool = False) -> None:
-        """Create the folder and record its inputs; continuing the same inputs changes nothing.
-
-        `replace` starts over even from the same inputs: what is there is set aside, or without a place for
-        that deleted.
-
-        `clean` deletes a killed writer's temporary files; not while other ranks may be writing theirs.
-
-        Raises:
-            LimbeckError: the folder was begun with other inputs (names what differs), or holds files
-                that limbeck did not write.
-        """
-        recorded = self.recorded()
-        if recorded is not None and self.aside is not None and (replace or recorded != self.fingerprint):
-            self.set_aside()
-            recorded = None
-        elif recorded is not None and replace:
-            self.clear()
-            recorded = None
-        if recorded is None:
-            self.refuse_strangers()
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self.path / INPUTS, {"fingerprint": self.fingerprint, "inputs": self.inputs})
-        elif recorded != self.fingerprint:
-            raise LimbeckError(
-                f"{self.path} was made from other inputs ({self.differences()}). "
-                "Use another output folder, or --force to replace it."
-            )
-        if clean:
-            remove_leftovers(self.path)
-
-    def refuse_strangers(self) -> None:
-        """Refuse a folder that holds files and no record of ours: it is somebody else's."""
-        if self.recorded() is not None or not self.path.exists():
-            return
-        strangers = sorted(path.name for path in self.path.iterdir() if not path.name.startswith("."))
-        if strangers:
-            raise LimbeckError(
-                f"{self.path} is not empty and was not written by `limbeck {self.stage}` "
-                f"(it holds {strangers[0]}). Choose another folder."
-            )
-
-    @contextmanager
-    def lock(self, name: str = ".lock") -> Iterator[None]:
-        """`folder_lock` of this folder, unless it is somebody else's."""
-        self.refuse_strangers()
-        with folder_lock(self.path, name):
-            yield
-
-    def set_aside(self) -> None:
-        """Move the folder to `aside`, named by what it was made from: a changed key never deletes a result."""
-        assert self.aside is not None
-        name = f"{self.path.name}-{str(self.recorded())[:12]}"
-        self.aside.mkdir(parents=True, exist_ok=True)
-        taken = sum(1 for path in self.aside.iterdir() if path.name == name or path.name.startswith(f"{name}."))
-        self.path.rename(self.aside / (f"{name}.{taken}" if taken else name))
-
-    def earlier(self) -> "StageFolder | None":
-        """The folder of these very inputs, finished or not, that an earlier `begin` set aside."""
-        if self.aside is None:
-            return None
-        found = StageFolder(self.aside / f"{self.path.name}-{self.fingerprint[:12]}", self.stage, self.inputs)
-        return found if found.recorded() == self.fingerprint else None
-
-    def bring_back(self) -> bool:
-        """Put an earlier result of these very inputs back, setting aside what is in its place; True when it did."""
-        earlier = self.earlier() if self.recorded() != self.fingerprint else None
-        if earlier is None:
-            return False
-        if self.path.exists():
-            self.set_aside()
-        earlier.path.rename(self.path)
-        return True
-
-    def clear(self) -> None:
-        """Empty a folder limbeck wrote, keeping its lock; a folder it did not write is left alone.
-
-        The manifest goes first and the record of the inputs last, so that a kill in between leaves an
-        unfinished folder that still says what it was.
-        """
-        if self.recorded() is None:
-            return
-        (self.path / MANIFEST).unlink(missing_ok=True)
-        for entry in self.path.iterdir():
-            if entry.name in (".lock", INPUTS):
-                continue
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-        (self.path / INPUTS).unlink()
-
-
-def _short(value: Any) -> str:
-    text = canonical_json(value)
-    return text if len(text) <= 80 else text[:60] + f"…({len(text)} characters)"

@@ -103,6 +103,11 @@ class Recipe(Section):
     )
     output_dir: Path | None = Field(None, description="Folder of the run; default outputs/NAME.")
     seed: Seed = Field(0, description="Seed of initialisation and data order.")
+    plugins: list[str] = Field(
+        default_factory=list,
+        description="Python files or modules that add parts of your own (divergences, objectives, stages …); they are "
+        "imported, so that their code runs.",
+    )
     dataset: DatasetConfig = Field(default_factory=DatasetConfig, description="Text and packing.")
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig, description="Tokenizer.")
     teacher: TeacherConfig = Field(default_factory=TeacherConfig, description="Teacher and its targets.")
@@ -227,6 +232,10 @@ class Recipe(Section):
             if recipe.student.ternary is not None and stage is not self.stages.configs[0]:
                 recipe.student.ternary.warmup_steps = 0  # the first stage has made the weights ternary
             yield stage, recipe
+
+    def training_recipes(self) -> list["Recipe"]:
+        """What is trained, one after the other: the recipes of its stages, or the recipe itself."""
+        return [own for _, own in self.stage_recipes()] if self.stages.enabled else [self]
 
     def stage_recipe(self, stage: Stage) -> "Recipe":
         """The whole recipe of a stage, but for the folders of its own data.

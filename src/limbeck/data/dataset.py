@@ -18,7 +18,8 @@ import torch
 
 from limbeck.data.tokenizer import LoadedTokenizer, require_same
 from limbeck.errors import CorruptError, MismatchError
-from limbeck.storage import fingerprint, inside, read_manifest, sha256_file_cached
+from limbeck.manifests import PackedManifest, ShardRecord
+from limbeck.storage import fingerprint, inside, sha256_file_cached
 
 IGNORE = -100
 #: The key under which a shard, Parquet or HDF5, says which rows it holds.
@@ -95,10 +96,10 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, Any]]):
     def __init__(self, folder: Path | str, split: str = "train", max_rows: int | None = None) -> None:
         self.folder = Path(folder)
         self.split = split
-        self.manifest = read_manifest(self.folder, "data pack")
-        self._shards: list[dict[str, Any]] = self.manifest["splits"][split]["shards"]
-        self._starts = np.cumsum([0] + [shard["rows"] for shard in self._shards])
-        self.max_length = int(self.manifest["max_length"])
+        self.manifest = PackedManifest.read(self.folder)
+        self._shards = self.manifest.splits[split].shards
+        self._starts = np.cumsum([0] + [shard.rows for shard in self._shards])
+        self.max_length = self.manifest.max_length
         self._total = int(self._starts[-1])
         self._length = min(self._total, max_rows or self._total)
         self._files: dict[int, Any] = {}
@@ -109,14 +110,14 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, Any]]):
     @property
     def fingerprint(self) -> str:
         """Fingerprint of what the rows were packed from, and of how many of them are used."""
-        packed = str(self.manifest["fingerprint"])
+        packed = str(self.manifest.fingerprint)
         return packed if self._length == self._total else fingerprint([packed, self._length])
 
     def check(self, tokenizer: LoadedTokenizer | None = None, max_length: int | None = None) -> None:
         """Refuse rows of another tokenizer or another length, naming both values."""
         if tokenizer is not None:
-            recorded = self.manifest["tokenizer"]
-            require_same(recorded["hash"], tokenizer.hash, f"{self.folder} ({recorded['name']})", tokenizer.name)
+            recorded = self.manifest.tokenizer
+            require_same(recorded.hash, tokenizer.hash, f"{self.folder} ({recorded.name})", tokenizer.name)
         if max_length is not None and max_length != self.max_length:
             raise MismatchError(
                 f"{self.folder} is packed in rows of {self.max_length} tokens and dataset.max_length is {max_length}. "
@@ -171,7 +172,7 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         import pyarrow.parquet as pq
 
         if number not in self._files:
-            self._files[number] = pq.ParquetFile(inside(self.folder, self._shards[number]["file"]))
+            self._files[number] = pq.ParquetFile(inside(self.folder, self._shards[number].file))
         return self._files[number]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -202,7 +203,7 @@ def check_file(folder: Path, name: str, sha256: str) -> None:
 
 
 def check_shards(
-    folder: Path, shards: list[dict[str, Any]], facts: Callable[[Path], dict[str, Any]], **common: Any
+    folder: Path, shards: Sequence[ShardRecord], facts: Callable[[Path], dict[str, Any]], **common: Any
 ) -> None:
     """Refuse shards that are missing, altered, or say of themselves something else than the manifest says of them.
 
@@ -217,9 +218,9 @@ def check_shards(
     """
     first_row = 0
     for shard in shards:
-        check_file(folder, shard["file"], shard["sha256"])
-        path = folder / shard["file"]
-        told, wanted = facts(path), {"first_row": first_row, "rows": shard["rows"], **common}
+        check_file(folder, shard.file, shard.sha256)
+        path = folder / shard.file
+        told, wanted = facts(path), {"first_row": first_row, "rows": shard.rows, **common}
         for key, value in wanted.items():
             if told.get(key) != value:
                 raise CorruptError(
@@ -227,4 +228,4 @@ def check_shards(
                     f"manifest was edited, shards were exchanged, or another version wrote it. Make {folder} again "
                     "with --force."
                 )
-        first_row += shard["rows"]
+        first_row += shard.rows

@@ -25,7 +25,9 @@ from limbeck.data.sources import Document, Source, held_out, open_source
 from limbeck.data.tokenize import tokenize_documents
 from limbeck.data.tokenizer import LoadedTokenizer
 from limbeck.errors import LimbeckError
-from limbeck.storage import StageFolder, commit_file, read_json, sha256_file, write_json, write_manifest
+from limbeck.folders import StageFolder
+from limbeck.manifests import PackedManifest, PackedShard, PackedSplit, TokenizerRecord
+from limbeck.storage import commit_file, read_json, sha256_file, write_json
 
 SPLITS = ("train", "validation")
 _PROGRESS = ".progress.json"
@@ -87,28 +89,34 @@ def pack_inputs(config: DatasetConfig, source: Source, tokenizer: LoadedTokenize
 
 
 def pack(
-    config: DatasetConfig, tokenizer: LoadedTokenizer, folder: Path, *, force: bool = False, aside: Path | None = None
-) -> dict[str, Any]:
+    config: DatasetConfig, tokenizer: LoadedTokenizer, folder: Path | StageFolder, *, force: bool = False
+) -> PackedManifest:
     """Tokenise and pack a dataset into `folder`; returns the manifest.
 
-    A complete folder made from the same inputs is returned as it is; an unfinished one is continued. One made
-    from other inputs is moved into `aside` when that is given.
+    A complete folder made from the same inputs is returned as it is; an unfinished one is continued.
+
+    Args:
+        config: the text and the shape of the rows.
+        tokenizer: its tokenizer.
+        folder: where the rows go; as a `StageFolder` with its inputs where the caller knows them.
+        force: start over.
 
     Raises:
-        LimbeckError: the source has no text, or the folder was made from other inputs and neither
-            `force` nor `aside` is given.
+        LimbeckError: the source has no text, or the folder was made from other inputs, `force` is not given and it has
+            no backup folder.
     """
     source = open_source(config)
-    stage = StageFolder(folder, "data pack", pack_inputs(config, source, tokenizer), aside)
-    if stage.is_done() and not force:
-        return stage.manifest()
+    if isinstance(folder, Path):
+        folder = StageFolder(folder, PackedManifest.command, pack_inputs(config, source, tokenizer))
+    if folder.is_done() and not force:
+        return PackedManifest.read(folder.path)
     _refuse_empty(source, config)
-    with stage.lock():
-        stage.begin(replace=force)
-        return _pack(config, source, tokenizer, stage)
+    with folder.lock():
+        folder.begin(replace=force)
+        return _pack(config, source, tokenizer, folder)
 
 
-def _pack(config: DatasetConfig, source: Source, tokenizer: LoadedTokenizer, stage: StageFolder) -> dict[str, Any]:
+def _pack(config: DatasetConfig, source: Source, tokenizer: LoadedTokenizer, stage: StageFolder) -> PackedManifest:
     started = time.perf_counter()
     folder = stage.path
     splits = _resume(folder)
@@ -116,12 +124,12 @@ def _pack(config: DatasetConfig, source: Source, tokenizer: LoadedTokenizer, sta
     if source.without_text:
         say(f"{source.without_text} rows hold no text (null) and are left out")
     manifest = _manifest(config, tokenizer, stage, splits, total_documents)
-    if not manifest["splits"]["train"]["rows"]:
+    if not manifest.splits["train"].rows:
         stage.clear()
         raise LimbeckError(f"dataset {config.name!r} gave no training rows; it has {total_documents} documents.")
     (folder / _PROGRESS).unlink(missing_ok=True)
-    manifest = write_manifest(folder, manifest)
-    tokens = sum(split["tokens"] for split in manifest["splits"].values())
+    manifest.write(folder)
+    tokens = sum(split.tokens for split in manifest.splits.values())
     seconds = time.perf_counter() - started
     say(f"packed {total_documents} documents, {tokens:,} tokens in {seconds:.1f} s ({tokens / seconds:,.0f} tokens/s)")
     return manifest
@@ -214,19 +222,18 @@ def _manifest(
     stage: StageFolder,
     splits: dict[str, _Split],
     documents: int,
-) -> dict[str, Any]:
-    return {
-        "kind": "packed",
-        "fingerprint": stage.fingerprint,
-        "documents": documents,
-        "max_length": config.max_length,
-        "tokenizer": {"name": tokenizer.name, "hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size},
-        "splits": {
-            name: {
-                "rows": sum(shard["rows"] for shard in split.shards),
-                "tokens": sum(shard["tokens"] for shard in split.shards),
-                "shards": split.shards,
-            }
+) -> PackedManifest:
+    return PackedManifest(
+        fingerprint=stage.fingerprint,
+        documents=documents,
+        max_length=config.max_length,
+        tokenizer=TokenizerRecord(name=tokenizer.name, hash=tokenizer.hash, vocab_size=tokenizer.vocab_size),
+        splits={
+            name: PackedSplit(
+                rows=sum(shard["rows"] for shard in split.shards),
+                tokens=sum(shard["tokens"] for shard in split.shards),
+                shards=[PackedShard(**shard) for shard in split.shards],
+            )
             for name, split in splits.items()
         },
-    }
+    )

@@ -202,3 +202,17 @@ COLUMNS = (
 
 def _cell(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
+
+
+def table_text(results: dict[str, dict[str, Any]]) -> str:
+    """The comparison table in aligned columns."""
+    rows = table(results)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

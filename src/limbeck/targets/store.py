@@ -20,7 +20,8 @@ import numpy as np
 
 from limbeck.data.dataset import SHARD_FACTS, PackedDataset, PackedRows, check_shards, shard_facts
 from limbeck.errors import CorruptError, LimbeckError, MismatchError
-from limbeck.storage import commit_file, inside, read_json, read_manifest, sha256_file, write_json
+from limbeck.manifests import CacheManifest
+from limbeck.storage import commit_file, inside, read_json, sha256_file, write_json
 from limbeck.targets.codec import CODEC_VERSION, CodecSpec, RoundTrip, decode, encode, measure
 from limbeck.targets.sparse import SparseTargets, concatenate
 
@@ -132,22 +133,22 @@ class TeacherCache:
 
     def __init__(self, folder: Path | str, split: str = "train") -> None:
         self.folder, self.split = Path(folder), split
-        self.manifest = read_manifest(self.folder, "teacher cache")
-        if split not in self.manifest["splits"]:
+        self.manifest = CacheManifest.read(self.folder)
+        if split not in self.manifest.splits:
             raise MismatchError(
-                f"{self.folder} holds the splits {', '.join(self.manifest['splits'])} and not {split}. "
+                f"{self.folder} holds the splits {', '.join(self.manifest.splits)} and not {split}. "
                 "Add it to teacher.splits and make the cache again."
             )
-        codec = {key: value for key, value in self.manifest["codec"].items() if key != "version"}
+        codec = {key: value for key, value in self.manifest.codec.items() if key != "version"}
         self.spec = CodecSpec(**{**codec, "temperatures": tuple(codec["temperatures"])})
         self.temperatures = self.spec.temperatures
         self.vocab_size = self.spec.vocab_size
-        self._shards: list[dict[str, Any]] = self.manifest["splits"][split]["shards"]
-        self._starts = np.cumsum([0] + [shard["rows"] for shard in self._shards])
-        self.length = int(self.manifest["max_length"])
+        self._shards = self.manifest.splits[split].shards
+        self._starts = np.cumsum([0] + [shard.rows for shard in self._shards])
+        self.length = self.manifest.max_length
         self._open_files: dict[int, Any] = {}
         self._owner = os.getpid()
-        common = {"split": split, "max_length": self.length, "codec": self.manifest["codec"]}
+        common = {"split": split, "max_length": self.length, "codec": self.manifest.codec}
         check_shards(self.folder, self._shards, self._facts, **common)
 
     def __len__(self) -> int:
@@ -161,12 +162,12 @@ class TeacherCache:
             MismatchError: dataset, tokenizer, sequence length or attention differ; both values are named.
         """
         again = "Use the cache's own data, or make the cache again for this data into another folder."
-        recorded = self.manifest["splits"][self.split]["packed"]
+        recorded = self.manifest.splits[self.split].packed
         for what, cached, found in (
             ("rows of {} tokens", self.length, rows.max_length),
-            ("tokenizer {:.12}", self.manifest["tokenizer"], rows.manifest["tokenizer"]["hash"]),
+            ("tokenizer {:.12}", self.manifest.tokenizer, rows.manifest.tokenizer.hash),
             ("packed dataset {:.12}", recorded, rows.fingerprint),
-            ("attention {}", self.manifest["attention"], attention),
+            ("attention {}", self.manifest.attention, attention),
         ):
             if cached != found:
                 raise MismatchError(
@@ -221,7 +222,7 @@ class TeacherCache:
         if shard not in self._open_files:
             import h5py
 
-            self._open_files[shard] = h5py.File(inside(self.folder, self._shards[shard]["file"]), "r")
+            self._open_files[shard] = h5py.File(inside(self.folder, self._shards[shard].file), "r")
         return self._open_files[shard]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from limbeck.console import progress, say
 from limbeck.data.dataset import PackedDataset, PackedRows
 from limbeck.data.tokenizer import recipe_tokenizer
 from limbeck.errors import LimbeckError
-from limbeck.storage import StageFolder, read_manifest, write_manifest
+from limbeck.folders import StageFolder
+from limbeck.manifests import CacheManifest, CacheShard, CacheSplit, PackedManifest
 from limbeck.targets.codec import CODEC_VERSION, CodecSpec
 from limbeck.targets.sparse import SparseTargets
 from limbeck.targets.store import ShardJournal, codec_record, write_shard
@@ -40,7 +41,7 @@ def cache_inputs(recipe: Recipe) -> dict[str, Any]:
     teacher = recipe.teacher
     return {
         **target_inputs(recipe),
-        "packed": read_manifest(recipe.packed_dir, "data pack")["fingerprint"],
+        "packed": PackedManifest.read(recipe.packed_dir).fingerprint,
         "train_rows": recipe.dataset.train_rows,
         "splits": sorted(teacher.splits),
         "rows_per_shard": teacher.rows_per_shard,
@@ -49,13 +50,17 @@ def cache_inputs(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def build_cache(recipe: Recipe, folder: Path, *, force: bool = False, aside: Path | None = None) -> dict[str, Any]:
-    """Make (or continue, or find done) the recipe's cache; returns its manifest.
+def build_cache(recipe: Recipe, folder: Path | StageFolder, *, force: bool = False) -> CacheManifest | None:
+    """Make (or continue, or find done) the recipe's cache; returns its manifest, on rank 0.
+
+    Args:
+        recipe: the teacher and the rows.
+        folder: where the targets go; as a `StageFolder` with its inputs where the caller knows them.
+        force: start over.
 
     Raises:
-        LimbeckError: the packed data is missing or another tokenizer's, the folder holds another cache and neither
-            `force` nor `aside` (where to move it) is given, K exceeds the vocabulary, or the codec's round trip
-            costs too much.
+        LimbeckError: the packed data is missing or another tokenizer's, the folder holds another cache, `force` is not
+            given and it has no backup folder, K exceeds the vocabulary, or the codec's round trip costs too much.
     """
     tokenizer = recipe_tokenizer(recipe)
     data: dict[str, PackedDataset] = {
@@ -66,19 +71,20 @@ def build_cache(recipe: Recipe, folder: Path, *, force: bool = False, aside: Pat
     if not any(map(len, data.values())):
         raise LimbeckError(f"{recipe.packed_dir} has no rows in {', '.join(data)}. Choose other teacher.splits.")
     first.check(tokenizer, recipe.dataset.max_length)
-    stage = StageFolder(folder, "teacher cache", cache_inputs(recipe), aside)
-    if stage.is_done() and not force:
-        return stage.manifest()
+    if isinstance(folder, Path):
+        folder = StageFolder(folder, CacheManifest.command, cache_inputs(recipe))
+    if folder.is_done() and not force:
+        return CacheManifest.read(folder.path)
     teacher = open_source(recipe, tokenizer)
     with contextlib.ExitStack() as stack:
         if isinstance(teacher, AsyncTeacher):
             stack.callback(teacher.close)
-        return _fill(recipe, stage, teacher, data, force)
+        return _fill(recipe, folder, teacher, data, force)
 
 
 def _fill(
     recipe: Recipe, stage: StageFolder, teacher: Teacher, data: dict[str, PackedDataset], force: bool
-) -> dict[str, Any]:
+) -> CacheManifest | None:
     """This rank's shards, and on rank 0 the manifest once all ranks' are there."""
     rank, world, folder = ranks.rank(), ranks.world_size(), stage.path
     with stage.lock(".lock" if world == 1 else f".lock-{rank}"):
@@ -88,12 +94,12 @@ def _fill(
         mine = [shard for number, shard in enumerate(plan) if number % world == rank]
         _make_shards(recipe, folder, teacher, data, mine, journal)
         if rank > 0:
-            return {}
+            return None
         ranks.wait_until(
             lambda: all(shard.file in journal.finished() for shard in plan), "the other ranks' shards of the cache"
         )
         finished = journal.finished()
-        manifest = write_manifest(folder, _manifest(stage, codec_spec(teacher, recipe), data, plan, finished))
+        manifest = _manifest(stage, codec_spec(teacher, recipe), data, plan, finished).write(folder)
         journal.remove()
     return manifest
 
@@ -181,30 +187,26 @@ def _manifest(
     data: dict[str, PackedDataset],
     plan: list[_Shard],
     finished: dict[str, dict[str, Any]],
-) -> dict[str, Any]:
+) -> CacheManifest:
     first = next(iter(data.values()))
     splits = {}
     for split in data:
-        records = [finished[shard.file] for shard in plan if shard.split == split]
-        splits[split] = {
-            "rows": sum(record["rows"] for record in records),
-            "packed": data[split].fingerprint,
-            "shards": records,
-        }
-    positions = sum(split["rows"] for split in splits.values()) * first.max_length
+        records = [CacheShard(**finished[shard.file]) for shard in plan if shard.split == split]
+        rows = sum(record.rows for record in records)
+        splits[split] = CacheSplit(rows=rows, packed=data[split].fingerprint, shards=records)
+    positions = sum(split.rows for split in splits.values()) * first.max_length
     size = sum(record["bytes"] for record in finished.values())
     masses = [record["teacher_mass"] for record in finished.values()]
-    return {
-        "kind": "teacher_cache",
-        "fingerprint": stage.fingerprint,
-        "teacher": stage.inputs["teacher"],
-        "tokenizer": first.manifest["tokenizer"]["hash"],
-        "attention": stage.inputs["attention"],
-        "max_length": first.max_length,
-        "codec": codec_record(spec),
-        "splits": splits,
-        "positions": positions,
-        "bytes_per_position": round(size / positions, 2),
-        "roundtrip_kl": max(record["roundtrip_kl"] for record in finished.values()),
-        "teacher_mass": sum(masses) / len(masses),
-    }
+    return CacheManifest(
+        fingerprint=stage.fingerprint,
+        teacher=stage.inputs["teacher"],
+        tokenizer=first.manifest.tokenizer.hash,
+        attention=stage.inputs["attention"],
+        max_length=first.max_length,
+        codec=codec_record(spec),
+        splits=splits,
+        positions=positions,
+        bytes_per_position=round(size / positions, 2),
+        roundtrip_kl=max(record["roundtrip_kl"] for record in finished.values()),
+        teacher_mass=sum(masses) / len(masses),
+    )

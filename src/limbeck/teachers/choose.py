@@ -7,16 +7,17 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
+from limbeck import ranks
 from limbeck.config import Recipe
 from limbeck.console import warn
 from limbeck.data.dataset import PackedDataset
-from limbeck.data.tokenizer import LoadedTokenizer, load_tokenizer, require_same
+from limbeck.data.tokenizer import LoadedTokenizer, load_tokenizer, recipe_tokenizer, require_same
 from limbeck.errors import ConfigError
+from limbeck.manifests import CacheManifest
 from limbeck.models import choose_dtype, load_causal_lm, model_identity
-from limbeck.storage import read_manifest
 from limbeck.targets.store import TeacherCache
 from limbeck.teachers.base import Teacher
-from limbeck.teachers.identity import connection, remote_identity
+from limbeck.teachers.identity import connection, remote_identity, was_asked
 from limbeck.teachers.local import LocalTeacher
 from limbeck.teachers.remote import RemoteTeacher, describe_connection
 
@@ -57,7 +58,7 @@ def open_local(recipe: Recipe, tokenizer: LoadedTokenizer, rows: PackedDataset |
 def open_cached(recipe: Recipe, tokenizer: LoadedTokenizer, rows: PackedDataset) -> TeacherCache:
     """The recipe's cache, checked against the packed rows."""
     cache = TeacherCache(recipe.cache_dir, rows.split)
-    require_same(cache.manifest["tokenizer"], tokenizer.hash, f"cache {cache.folder}", f"tokenizer {tokenizer.name}")
+    require_same(cache.manifest.tokenizer, tokenizer.hash, f"cache {cache.folder}", f"tokenizer {tokenizer.name}")
     cache.check(rows, recipe.dataset.attention)
     missing = recipe.loss.undeclared(cache.temperatures)
     if missing is not None:
@@ -102,6 +103,17 @@ def open_remote(
     if section.api_key_env is not None and open_urls:
         warn(f"the key of {section.api_key_env} goes to {open_urls[0]} unencrypted; use https:// or a tunnel")
     return teacher
+
+
+def check_endpoint(recipe: Recipe) -> None:
+    """Find out before hours of tokenising whether a remote teacher is there and can give what the recipe wants.
+
+    One that has answered in this run before may be gone: what is finished needs it no more.
+    """
+    if not recipe.teacher.is_remote or ranks.rank() > 0:
+        return
+    if recipe.tokenizer.train_vocab_size is None and not was_asked(recipe):  # else its tokenizer is still to be made
+        open_remote(recipe, recipe_tokenizer(recipe), quiet=True).close()
 
 
 def _is_loopback(url: str) -> bool:
@@ -156,7 +168,7 @@ def teacher_inputs(recipe: Recipe) -> dict[str, Any] | None:
     if not recipe.distils:
         return None
     if recipe.teacher.reads_cache:
-        return {"cache": read_manifest(recipe.cache_dir, "teacher cache")["fingerprint"]}
+        return {"cache": CacheManifest.read(recipe.cache_dir).fingerprint}
     return target_inputs(recipe)
 
 

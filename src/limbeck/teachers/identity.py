@@ -14,7 +14,8 @@ from limbeck.config import Recipe
 from limbeck.console import say
 from limbeck.data.tokenizer import LoadedTokenizer, recipe_tokenizer
 from limbeck.errors import ConfigError
-from limbeck.storage import INPUTS, read_json, write_json
+from limbeck.folders import StageFolder
+from limbeck.storage import read_json, write_json
 from limbeck.teachers.http import RefusedError, TeacherClient, UnreachableError
 from limbeck.teachers.portrait import from_record, same_portrait, take_portrait, to_record
 from limbeck.teachers.protocols import Ask, Facts
@@ -97,12 +98,10 @@ def _recorded(recipe: Recipe) -> list[dict[str, Any]]:
     """Portraits by which the recipe's cache and student, perhaps brought from elsewhere, know their teacher."""
     found = []
     for folder in (recipe.cache_dir, recipe.student_dir):
-        if (folder / INPUTS).is_file():
-            inputs = read_json(folder / INPUTS).get("inputs", {})
-            teacher = inputs.get("teacher")
-            who = teacher.get("teacher", teacher) if isinstance(teacher, dict) else None
-            if isinstance(who, dict) and isinstance(who.get("portrait"), dict):
-                found.append(who["portrait"])
+        teacher = StageFolder(folder, "run", {}).recorded_inputs().get("teacher")
+        who = teacher.get("teacher", teacher) if isinstance(teacher, dict) else None
+        if isinstance(who, dict) and isinstance(who.get("portrait"), dict):
+            found.append(who["portrait"])
     return found
 
 

@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from limbeck.errors import ConfigError, CorruptError, LimbeckError
+from limbeck.folders import MANIFEST
+from limbeck.manifests import CheckpointManifest
 from limbeck.storage import (
-    MANIFEST,
     atomic_write_text,
     commit_folder,
     fsync_folder,
@@ -21,7 +22,6 @@ from limbeck.storage import (
     inside,
     read_json,
     sha256_file,
-    write_manifest,
 )
 
 LATEST = "latest"
@@ -44,7 +44,7 @@ def commit(folder: Path, step: int) -> None:
     files = [path for path in fsync_tree(partial) if path.name != MANIFEST]
     size = sum(path.stat().st_size for path in files)
     records = {str(path.relative_to(partial)): sha256_file(path) for path in files}
-    write_manifest(partial, {"kind": "checkpoint", "step": step, "bytes": size, "files": records})
+    CheckpointManifest(step=step, bytes=size, files=records).write(partial)
     if final.exists():  # a damaged or abandoned one of the same step
         remove(final)
     partial.rename(final)
@@ -98,7 +98,7 @@ def verify(folder: Path) -> None:
     Raises:
         CorruptError: a file is missing or altered.
     """
-    for name, checksum in read_json(folder / MANIFEST)["files"].items():
+    for name, checksum in CheckpointManifest.read(folder).files.items():
         path = inside(folder, name)
         if not path.is_file() or sha256_file(path) != checksum:
             raise CorruptError(
@@ -161,7 +161,7 @@ def other_groups(checkpoint: Path | str | None, saved: object, wanted: list[str]
 
 def checkpoint_step(path: Path) -> int:
     """The optimizer step a checkpoint was saved at."""
-    return int(read_json(path / MANIFEST)["step"])
+    return CheckpointManifest.read(path).step
 
 
 def publish_model(source: Path, target: Path) -> None:
@@ -197,7 +197,7 @@ def room_for(folder: Path, needed: int) -> tuple[str | None, str | None]:
 def last_size(folder: Path) -> int | None:
     """Bytes of the newest whole checkpoint: the estimate for the next one."""
     found = steps(folder)
-    return int(read_json(folder / f"step_{found[-1]}" / MANIFEST)["bytes"]) if found else None
+    return CheckpointManifest.read(folder / f"step_{found[-1]}").bytes if found else None
 
 
 def first_failure(pieces: Sequence[Callable[[], object]]) -> str | None:

@@ -13,8 +13,9 @@ import yaml
 
 from limbeck.config import Recipe
 from limbeck.console import say
+from limbeck.folders import INPUTS, MANIFEST, StageFolder
 from limbeck.optim.groups import OBJECTIVES
-from limbeck.storage import INPUTS, MANIFEST, StageFolder, atomic_write_text, read_json, write_json
+from limbeck.storage import atomic_write_text, read_json
 from limbeck.training.checkpoints import (
     PROGRESS,
     checkpoint_step,
@@ -57,7 +58,7 @@ def begin(stage: StageFolder, recipe: Recipe, force: bool, groups: list[str]) ->
         inside = found.parent.resolve() == stage.path.resolve()
         started = {"path": str(found.resolve()), "step": checkpoint_step(found), "inside": inside}
         (stage.path / MANIFEST).unlink(missing_ok=True)
-        write_json(stage.path / INPUTS, {"fingerprint": stage.fingerprint, "inputs": stage.inputs, _STARTED: started})
+        stage.record(**{_STARTED: started})
     else:
         stage.begin(replace=force)
     remove_partial(stage.path)

@@ -25,18 +25,13 @@ from limbeck.console import say, warn
 from limbeck.data.dataset import PackedDataset
 from limbeck.data.tokenizer import LoadedTokenizer, recipe_tokenizer
 from limbeck.errors import LimbeckError
+from limbeck.folders import StageFolder
+from limbeck.manifests import StudentManifest
 from limbeck.models import embedded_vocab_size, model_identity, require_packing
 from limbeck.optim.groups import build_groups, describe_groups
 from limbeck.optim.schedules import schedule_arguments
-from limbeck.storage import (
-    StageFolder,
-    commit_folder,
-    plain_disk_errors,
-    read_json_lines,
-    read_manifest,
-    sha256_file,
-    write_manifest,
-)
+from limbeck.plugins import plugin_identity
+from limbeck.storage import commit_folder, plain_disk_errors, read_json_lines, sha256_file
 from limbeck.students.build import build_student
 from limbeck.teachers.base import AsyncTeacher, Teacher
 from limbeck.teachers.choose import open_teacher, teacher_inputs
@@ -54,11 +49,13 @@ _NOT_INPUTS = {
 }  # fmt: skip
 
 
-_ROUTER_KEYS = {"load_balance", "router_aux", "router_aux_kind"}
+#: Keys of `loss` that mean something without a teacher: the routers' losses, and whatever else is added.
+_WITHOUT_TEACHER = {"load_balance", "router_aux", "router_aux_kind", "objectives"}
 
 
-def train_inputs(recipe: Recipe, rows: PackedDataset, start: str | None = None) -> dict[str, Any]:
-    """Everything the trained weights depend on."""
+def train_inputs(recipe: Recipe, rows: PackedDataset, start: Path | None = None) -> dict[str, Any]:
+    """Everything the trained weights depend on; `start` is the folder of the weights that are trained on."""
+    begun_from = model_identity(str(start))["weights"] if start else None
     training = recipe.training.model_dump(mode="json", exclude=_NOT_INPUTS)
     return {
         "optimizer": recipe.optimizer.model_dump(mode="json"),
@@ -67,16 +64,16 @@ def train_inputs(recipe: Recipe, rows: PackedDataset, start: str | None = None) 
         "attention": recipe.dataset.attention,
         "student": recipe.student.config,
         "ternary": recipe.student.ternary.model_dump(mode="json") if recipe.student.ternary else None,
-        "start": start
+        "start": begun_from
         or (model_identity(recipe.student.model, recipe.student.revision) if recipe.student.model else None),
         "training": training,
         "parameter_lr_multipliers": [rule.model_dump() for rule in recipe.parameter_lr_multipliers],
         "seed": recipe.seed,
-        # Without a teacher the losses of routed experts are all that this section means.
         "loss": recipe.loss.model_dump(
-            mode="json", exclude={"chunk_size"}, include=None if recipe.distils else _ROUTER_KEYS
+            mode="json", exclude={"chunk_size"}, include=None if recipe.distils else _WITHOUT_TEACHER
         ),
         "teacher": teacher_inputs(recipe),
+        "plugins": plugin_identity(recipe.plugins),
     }
 
 
@@ -85,24 +82,20 @@ def training_rows(recipe: Recipe) -> PackedDataset:
     return PackedDataset(recipe.packed_dir, "train", recipe.dataset.train_rows)
 
 
-def train_one(
-    recipe: Recipe, folder: Path, start: Path | None = None, aside: Path | None = None, force: bool = False
-) -> dict[str, Any]:
-    """Train one stage (or a run without stages) in `folder`, from the weights in `start`; returns the manifest."""
+def train_one(recipe: Recipe, stage: StageFolder, start: Path | None, force: bool = False) -> StudentManifest | None:
+    """Train one phase (or a run without phases) in its folder, from the weights in `start`; returns the manifest."""
+    folder = stage.path
     tokenizer = recipe_tokenizer(recipe)
     rows = training_rows(recipe)
     rows.check(tokenizer, recipe.dataset.max_length)
     held_out = PackedDataset(recipe.packed_dir, "validation", recipe.training.eval_rows)
-    begun_from = model_identity(str(start))["weights"] if start else None
-    stage = StageFolder(folder, "train", train_inputs(recipe, rows, begun_from), aside)
-    if ranks.rank() == 0:
-        if not force:
-            stage.bring_back()
-    else:
+    if ranks.rank() > 0:
         ranks.wait_until(lambda: stage.recorded() == stage.fingerprint, f"rank 0 to begin {folder}")
+    elif not force:
+        stage.found_done()
     if stage.is_done() and recipe.training.resume_from is None and not force:
         say(f"{folder} is complete")
-        return stage.manifest()
+        return StudentManifest.read(folder)
     with contextlib.ExitStack() as stack:
         teacher = open_teacher(recipe, tokenizer, rows) if recipe.distils else None
         if isinstance(teacher, AsyncTeacher):
@@ -236,11 +229,11 @@ def _record_provenance(stage: StageFolder, recipe: Recipe, resume: Path | None, 
         lines.write(json.dumps(entry, sort_keys=True) + "\n")
 
 
-def _finish(trainer: Any, stage: StageFolder, recipe: Recipe) -> dict[str, Any]:
+def _finish(trainer: Any, stage: StageFolder, recipe: Recipe) -> StudentManifest | None:
     """Write `final/` and `best/`, then the manifest with what the curves advise."""
     folder, state = stage.path, trainer.state
     final, partial = folder / "final", folder / ".final.tmp"
-    manifest: dict[str, Any] = {}
+    manifest = None
     trainer.model.config.use_cache = True  # off in training only; whoever loads this wants to generate with it
     trainer.save_final(partial)
     if trainer.args.should_save:
@@ -251,17 +244,15 @@ def _finish(trainer: Any, stage: StageFolder, recipe: Recipe) -> dict[str, Any]:
         weights = {p.name: sha256_file(p) for p in sorted(final.glob("*.safetensors"))}
         curves = [entry for entry in state.log_history if "loss" in entry or "eval_loss" in entry]
         advice = advise(curves, recipe)
-        manifest = {
-            "kind": "student",
-            "fingerprint": stage.fingerprint,
-            "steps": state.global_step,
-            "best_step": state.best_global_step,
-            "best_eval_loss": state.best_metric,
-            "parameters": sum(p.numel() for p in trainer.model.parameters()),
-            "weights": weights,
-            "advice": advice,
-        }
-        write_manifest(folder, manifest)
+        manifest = StudentManifest(
+            fingerprint=stage.fingerprint,
+            steps=state.global_step,
+            best_step=state.best_global_step,
+            best_eval_loss=state.best_metric,
+            parameters=sum(p.numel() for p in trainer.model.parameters()),
+            weights=weights,
+            advice=advice,
+        ).write(folder)
         say(f"trained {state.global_step} steps; weights in {final}")
         say(f"advice: {advice}")
     trainer.accelerator.wait_for_everyone()
@@ -275,5 +266,5 @@ def student_folder(folder: Path) -> Path:
         IncompleteError: the run is unfinished.
         MismatchError: the folder was not written by training.
     """
-    read_manifest(folder, "train")
+    StudentManifest.read(folder)
     return folder / "final"

@@ -1,0 +1,75 @@
+"""The table of held-out scores."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from limbeck.config import Recipe
+from limbeck.errors import ConfigError
+from limbeck.folders import StageFolder
+from limbeck.manifests import EvaluationManifest, PackedManifest, StudentManifest
+from limbeck.models import model_identity
+from limbeck.plugins import plugin_identity
+from limbeck.registry import STAGES
+from limbeck.stages.base import Stage
+from limbeck.stages.train import TrainStage
+from limbeck.storage import read_json
+
+
+@STAGES.register("evaluate")
+class EvaluateStage(Stage):
+    """Students and teacher to scores on the held-out rows.
+
+    Args:
+        students: what was trained.
+    """
+
+    scores_held_out = True
+
+    def __init__(self, recipe: Recipe, students: Sequence[TrainStage]) -> None:
+        after = ["pack", *(student.name for student in students)]
+        super().__init__(recipe, "evaluate", recipe.root / "evaluation", after=after)
+        self.students = {student.label: student.path for student in students}
+
+    @classmethod
+    def of(cls, recipe: Recipe, before: Sequence[Stage]) -> list[Stage]:
+        """One, of whatever was trained."""
+        return [cls(recipe, [stage for stage in before if isinstance(stage, TrainStage)])]
+
+    def inputs(self) -> dict[str, Any]:
+        """The students, the rows, the teacher, and what is measured."""
+        recipe = self.recipe
+        teacher = None if recipe.teacher.is_remote else recipe.teacher.model
+        return {
+            "packed": PackedManifest.read(recipe.packed_dir).fingerprint,
+            "students": {name: StudentManifest.read(path).weights for name, path in self.students.items()},
+            "teacher": model_identity(teacher, recipe.teacher.revision) if teacher else None,
+            "attention": recipe.dataset.attention,
+            "max_rows": recipe.evaluation.max_rows,
+            "top_k": recipe.teacher.top_k,
+            "dtype": recipe.teacher.dtype,
+            "plugins": plugin_identity(recipe.plugins),
+        }
+
+    def make(self, folder: StageFolder, *, force: bool) -> None:
+        """Score."""
+        from limbeck.evaluation.run import evaluate_recipe, write_results
+
+        folder.begin(replace=force)
+        results = evaluate_recipe(self.recipe, {name: str(path / "final") for name, path in self.students.items()})
+        write_results(folder.path, results)
+        EvaluationManifest(fingerprint=folder.fingerprint).write(folder.path)
+
+    def check(self) -> None:
+        """Something is held out."""
+        if self.recipe.dataset.validation_fraction == 0.0:
+            raise ConfigError("dataset.validation_fraction is 0 and the run ends with held-out scores; raise it.")
+
+    def read(self) -> dict[str, Any]:
+        """`evaluation`: the scores of each model."""
+        return {"evaluation": read_json(self.path / "results.json")}
+
+    def text(self, found: dict[str, Any]) -> str:
+        """The table."""
+        from limbeck.evaluation.fidelity import table_text
+
+        return table_text(found["evaluation"])

@@ -1,0 +1,57 @@
+"""The student in other programs' formats."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from limbeck.config import Recipe
+from limbeck.folders import StageFolder
+from limbeck.manifests import ExportManifest, StudentManifest
+from limbeck.registry import STAGES
+from limbeck.stages.base import Stage
+from limbeck.storage import read_json, write_json
+
+_SIZES = ("checkpoint_mb", "packed_mb", "gguf_mb", "type", "weights_equal")
+
+
+@STAGES.register("export")
+class ExportStage(Stage):
+    """A student to files."""
+
+    @classmethod
+    def of(cls, recipe: Recipe, before: Sequence[Stage]) -> list[Stage]:
+        """One, with formats in `pipeline.export`."""
+        return [cls(recipe, "export", recipe.root / "export", after=["train"])] if recipe.pipeline.export else []
+
+    def inputs(self) -> dict[str, Any]:
+        """The student, the formats, and how they are written."""
+        section = self.recipe.export
+        return {
+            "student": StudentManifest.read(self.recipe.student_dir).weights,
+            "formats": self.recipe.pipeline.export,
+            "settings": section.model_dump(mode="json", exclude={"input", "output", "verify_tokens"}),
+        }
+
+    def make(self, folder: StageFolder, *, force: bool) -> None:
+        """Write each format and check it."""
+        from limbeck.export.run import export_student
+
+        folder.begin(replace=force)
+        recipe, sizes = self.recipe, dict[str, Any]()
+        for kind in recipe.pipeline.export:
+            output = folder.path / ("packed" if kind == "packed" else f"{recipe.name}.gguf")
+            changes = {"input": recipe.student_dir, "output": output, "format": kind}
+            own = recipe.model_copy(update={"export": recipe.export.model_copy(update=changes)})
+            sizes.update(export_student(own, verify=True))
+        write_json(folder.path / "sizes.json", {key: sizes[key] for key in _SIZES if key in sizes})
+        ExportManifest(fingerprint=folder.fingerprint).write(folder.path)
+
+    def read(self) -> dict[str, Any]:
+        """`sizes`: megabytes of each form."""
+        return {"sizes": read_json(self.path / "sizes.json")}
+
+    def text(self, found: dict[str, Any]) -> str:
+        """One line, from the checkpoint to the smallest."""
+        sizes = found["sizes"]
+        names = {"checkpoint_mb": "checkpoint", "packed_mb": "packed", "gguf_mb": f"GGUF ({sizes.get('type')})"}
+        steps = [f"{label} {sizes[key]:.2f} MB" for key, label in names.items() if key in sizes]
+        return "student: " + " → ".join(steps)
