@@ -35,7 +35,7 @@ from limbeck import DistillationArguments, DistillationTrainer
 from limbeck.data.dataset import PackedRows
 from limbeck.targets.sparse import SparseTargets
 from limbeck.teachers.http import Reply
-from limbeck.teachers.protocols import Ask
+from limbeck.teachers.protocols.base import Ask
 from limbeck.teachers.protocols.vllm import VLLMProtocol
 from limbeck.teachers.remote import RemoteTeacher
 from limbeck.teachers.server.topk import topk_answer

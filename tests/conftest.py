@@ -134,14 +134,14 @@ def limbeck(*arguments, check: bool = True, **kwargs) -> subprocess.CompletedPro
     return done
 
 
-def loss_request(labels, targets=None, *, num_items=None, **loss):
+def loss_request(labels, targets=None, *, num_items=None, student=None, **loss):
     """A request for the package's own objectives; the routers' losses are off unless asked for."""
     from limbeck.config import LossConfig
     from limbeck.losses.objective import Batch, Context, Objectives
     from limbeck.training.head import LossRequest
 
     config = LossConfig(**{"load_balance": 0.0, "router_aux": 0.0, **loss})
-    return LossRequest(Batch(labels, targets, num_items), Objectives.of(Context(config)))
+    return LossRequest(Batch(labels, targets, num_items), Objectives.of(Context(config, student)))
 
 
 def rules(*pairs):

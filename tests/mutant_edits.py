@@ -15,7 +15,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "limbeck"
 PACKAGES = {
-    **{name: [f"{name}/*.py"] for name in "losses targets optim students export evaluation data".split()},
+    **{name: [f"{name}/**/*.py"] for name in "losses targets optim students export evaluation data".split()},
     "training": [f"training/{name}.py" for name in "checkpoints checkpointing resume guard head metrics".split()],
 }
 

@@ -26,8 +26,9 @@ from limbeck.data.pieces import _changes, _words
 from limbeck.data.sources import held_out, open_source
 from limbeck.data.tokenizer import _refuse_large_ids, load_tokenizer, train_tokenizer
 from limbeck.errors import ConfigError, LimbeckError, MismatchError
-from limbeck.evaluation.fidelity import _prefix_bytes, evaluate, table
+from limbeck.evaluation.fidelity import _prefix_bytes, evaluate
 from limbeck.evaluation.run import evaluate_recipe
+from limbeck.evaluation.suites import Fidelity, table
 from limbeck.export.blocks import BLOCK_TYPES
 from limbeck.export.gguf import _FILE_TYPES, GGUFExport
 from limbeck.export.inspect import describe, inspect_gguf
@@ -209,7 +210,7 @@ def test_a_prefix_counts_once_after_each_begin_of_text_that_is_scored():
 
 def test_the_table_shows_what_there_is_and_a_dash_for_the_rest():
     scores = {"loss": 1.5, "perplexity": 1234.5, "bits_per_byte": None, "top1_agreement": 0.5}
-    head, row = table({"my_student": scores})
+    head, row = table({"my_student": scores}, [Fidelity()])
     assert dict(zip(head, row, strict=True)) == {
         "model": "my student", "loss": "1.5000", "perplexity": "1234.50", "bits/byte": "–", "KL to teacher": "–",
         "top-1 agreement": "50.0%", "tokens/s": "–",

@@ -1,6 +1,7 @@
 """Teachers over HTTP: the same loss as a local teacher's, whatever the endpoint speaks; every wrong answer refused."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from fastapi import FastAPI, Request
 
 from conftest import tiny_model
 from limbeck import LocalTeacher, TeacherCache
-from limbeck.config import SamplingConfig
+from limbeck.config import Recipe, SamplingConfig
 from limbeck.data.dataset import PackedRows
 from limbeck.errors import ConfigError, CorruptError, LimbeckError
 from limbeck.models import load_causal_lm
@@ -149,7 +150,7 @@ def test_limbeck_targets_are_the_local_ones_to_the_bit(model, ours, rows, attent
         student = tiny_model(seed=1)
         attach_objectives(student)
         for tau in TAUS:
-            assert float(loss_of(student, rows, a, tau).loss) == float(loss_of(student, rows, b, tau).loss)
+            assert loss_of(student, rows, a, tau) == loss_of(student, rows, b, tau)
     finally:
         remote.close()
 
@@ -223,6 +224,26 @@ def test_cached_over_http_is_cached_locally(recipe, packed, ours, teacher_folder
 
 
 # -- refusals ---------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_nothing_tells_from_another_is_refused(ours, recipe_tree, monkeypatch):
+    """Neither a fingerprint nor a signature: an exchanged teacher would pass, and caches would be taken for others."""
+    from limbeck.registry import PROTOCOLS
+    from limbeck.teachers.identity import remote_identity
+    from limbeck.teachers.protocols.limbeck import LimbeckProtocol
+
+    class Nameless(LimbeckProtocol):
+        name = "nameless"
+
+        async def describe(self, session):
+            return replace(await super().describe(session), protocol=self.name, fingerprint=None)
+
+    monkeypatch.setitem(PROTOCOLS._parts, "nameless", Nameless)
+    with pytest.raises(LimbeckError, match="tells no fingerprint and gives no signature"):
+        RemoteTeacher.connect([ours], protocol="nameless", top_k=4)
+    section = {**recipe_tree["teacher"], "endpoint": [ours], "protocol": "nameless"}
+    with pytest.raises(LimbeckError, match="tells no fingerprint and gives no signature"):
+        remote_identity(Recipe.model_validate({**recipe_tree, "teacher": section}))
 
 
 def test_nobody_there_is_said_at_once():
@@ -301,7 +322,7 @@ def test_impossible_answers_are_refused(changes, message):
 )
 def test_answers_of_another_shape_are_refused(sent):
     from limbeck.teachers.http import Reply
-    from limbeck.teachers.protocols import Ask
+    from limbeck.teachers.protocols.base import Ask
     from limbeck.teachers.protocols.vllm import VLLMProtocol
 
     query = VLLMProtocol().query([[1, 2, 3]], Ask(4, (1.0,), 100))
@@ -345,8 +366,6 @@ def test_recipes_that_contradict_themselves_are_refused():
     from limbeck.config import Recipe
 
     for teacher, message in (
-        ({"kind": "remote"}, "endpoint is not set"),
-        ({"kind": "local", "endpoint": "http://a:1"}, "remove one of them"),
         ({"endpoint": "a:1"}, "is no URL"),
         ({"endpoint": "http://key@a:1"}, "must not hold a user or a key"),
         ({"endpoint": "http://a:1", "protocol": "vllm", "sampling": {}}, "needs protocol limbeck"),

@@ -177,7 +177,7 @@ def test_most_canaries_of_a_right_server_pass_and_none_of_a_shifted_one(model):
     """The first row to change is the changed token's, whatever the tokens."""
     import asyncio
 
-    from limbeck.teachers.protocols import Ask
+    from limbeck.teachers.protocols.base import Ask
     from limbeck.teachers.protocols.segments import CANARY
     from limbeck.teachers.protocols.vllm import VLLMProtocol
 
@@ -314,7 +314,7 @@ def test_a_half_made_cache_is_not_continued_with_another_vocabulary_or_teacher(r
         build_cache(over(url), recipe.cache_dir)
         (recipe.cache_dir / "manifest.json").unlink()
         for wrong in (over(url, vocab_size=9000), over(elsewhere)):
-            with pytest.raises(LimbeckError, match="vocab_size|portrait"):
+            with pytest.raises(LimbeckError, match="vocab_size|signature"):
                 build_cache(wrong, recipe.cache_dir)
         build_cache(over(moved), recipe.cache_dir)  # the same model on another port is the same teacher
 

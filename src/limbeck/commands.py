@@ -99,13 +99,13 @@ def _report_text(report: RunReport, folder: Path) -> str:
 
 def evaluate(recipe: Recipe, options: Options) -> Result:
     """Score a model on the held-out rows."""
-    from limbeck.evaluation.fidelity import table_text
     from limbeck.evaluation.run import evaluate_recipe
+    from limbeck.evaluation.suites import suites_of, table_text
     from limbeck.training.run import student_folder
 
     folder = recipe.evaluation.model or student_folder(recipe.student_dir)
     results = evaluate_recipe(recipe, {"student": str(folder)})
-    return Result(results, table_text(results))
+    return Result(results, table_text(results, suites_of(recipe)))
 
 
 def generate(recipe: Recipe, options: Options) -> Result:

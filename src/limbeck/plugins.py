@@ -14,6 +14,12 @@ from limbeck.errors import ConfigError
 from limbeck.storage import sha256_file
 
 
+def named_plugins(value: object) -> list[str]:
+    """The plugins of a recipe's key or a flag: a list, or names with commas between them."""
+    words = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else []
+    return [word.strip() for word in words if isinstance(word, str)]
+
+
 def load_plugins(names: Sequence[str]) -> None:
     """Import the files and modules, in order; one that has been imported is left alone.
 

@@ -19,7 +19,7 @@ from limbeck.config import Recipe
 from limbeck.config.base import Section, merged
 from limbeck.config.moved import MOVED, rewritten
 from limbeck.errors import ConfigError
-from limbeck.plugins import load_plugins
+from limbeck.plugins import load_plugins, named_plugins
 
 #: Spellings users already write for a key. `_` and `-` are the same in every flag.
 ALIASES: Mapping[str, str] = {
@@ -233,9 +233,7 @@ def load_recipe(path: Path | None, overrides: Mapping[str, Any] | None = None) -
         tree.setdefault("name", path.stem)
     tree = merged(rewritten(tree), rewritten(overrides or {}))
     where = str(path or "configuration")
-    plugins = tree.get("plugins")
-    if isinstance(plugins, list) and all(isinstance(name, str) for name in plugins):
-        load_plugins(plugins)
+    load_plugins(named_plugins(tree.get("plugins")))
     try:
         recipe = Recipe.model_validate(tree)
         if recipe.stages.enabled:

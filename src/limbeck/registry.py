@@ -186,5 +186,9 @@ def _place(part: Any) -> str:
 
 
 DIVERGENCES: Registry[Any] = Registry("divergence", "loss.divergence", "limbeck.losses.divergences")
-STAGES: Registry[Any] = Registry("stage", "pipeline.stages", "limbeck.stages")
+PROTOCOLS: Registry[Any] = Registry("protocol", "teacher.protocol", "limbeck.teachers.protocols")
+STUDENTS: Registry[Any] = Registry("student builder", "student.builder", "limbeck.students.build")
+SUITES: Registry[Any] = Registry("suite", "evaluation.suites", "limbeck.evaluation.suites")
+ARCHITECTURES: Registry[Any] = Registry("architecture", "model_type", "limbeck.export.architectures")
+STAGES: Registry[Any] = Registry("stage", "plugins", "limbeck.stages")
 OBJECTIVES: Registry[Any] = Registry("objective", "loss.objectives", "limbeck.losses.objectives")

@@ -7,9 +7,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from limbeck.config.base import Count, Fraction, Positive, Section, Seed
+from limbeck.registry import PROTOCOLS, STUDENTS, OneOf
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
-Protocol = Literal["auto", "limbeck", "user", "topk", "vllm", "sglang", "trl", "openai-echo"]
+Protocol = Annotated[str, OneOf(PROTOCOLS, "auto")]
 EnvironmentName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
 
@@ -75,9 +76,6 @@ class SamplingConfig(Section):
 class TeacherConfig(Section):
     """The model that is distilled, where it runs, and what is kept of its predictions."""
 
-    kind: Literal["local", "remote"] | None = Field(
-        None, description="In this process, or behind HTTP; default remote when there is an endpoint."
-    )
     model: str | None = Field(
         None,
         description="Folder or hub id of a causal LM; `tiny-python` is the model in the package. Of a remote teacher "
@@ -159,10 +157,6 @@ class TeacherConfig(Section):
 
     @model_validator(mode="after")
     def _one_place(self) -> "TeacherConfig":
-        if self.kind == "local" and self.endpoint:
-            raise ValueError(f"teacher.kind is local and teacher.endpoint is {self.endpoint[0]}; remove one of them")
-        if self.kind == "remote" and not self.endpoint:
-            raise ValueError("teacher.kind is remote and teacher.endpoint is not set; give its URL")
         if self.endpoint and self.sampling is not None and self.protocol not in ("auto", "limbeck"):
             raise ValueError(
                 f"teacher.sampling needs protocol limbeck and teacher.protocol is {self.protocol}; use teacher.top_k"
@@ -218,10 +212,13 @@ class StudentConfig(Section):
         default_factory=dict,
         description="A transformers config (with `model_type`) for a new model; over pretrained ones, keys to change.",
     )
+    builder: Annotated[str, OneOf(STUDENTS)] | None = Field(
+        None, description="What makes the model of `config`; default transformers."
+    )
     ternary: TernaryConfig | None = Field(None, description="Ternary weights; default none.")
 
     @model_validator(mode="after")
     def _has_architecture(self) -> "StudentConfig":
-        if self.model is None and self.config and "model_type" not in self.config:
+        if self.model is None and self.builder is None and self.config and "model_type" not in self.config:
             raise ValueError("student.config needs `model_type` (say llama or qwen3) when student.model is not set")
         return self

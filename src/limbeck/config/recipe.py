@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, PrivateAttr, ValidationError, model_validator
+from pydantic import Field, PositiveInt, PrivateAttr, ValidationError, field_validator, model_validator
 
 from limbeck.config.base import Positive, Section, Seed, merged
 from limbeck.config.data import DatasetConfig, EnvironmentName, StudentConfig, TeacherConfig, TokenizerConfig
@@ -19,6 +19,8 @@ from limbeck.config.training import (
     TrainingConfig,
 )
 from limbeck.errors import ConfigError
+from limbeck.plugins import named_plugins
+from limbeck.registry import SUITES, Choice, OneOf
 
 
 class EvaluationConfig(Section):
@@ -26,6 +28,9 @@ class EvaluationConfig(Section):
 
     max_rows: PositiveInt | None = Field(None, description="Held-out rows scored; default all.")
     batch_size: PositiveInt = Field(8, description="Rows in one batch.")
+    suites: list[Annotated[Choice, OneOf(SUITES)]] = Field(
+        [Choice(name="fidelity")], description="What is measured: names, or {name: NAME, parameter: value}."
+    )
     model: Path | None = Field(None, description="Folder of the model `limbeck eval` scores; default the student.")
 
 
@@ -129,6 +134,11 @@ class Recipe(Section):
     pipeline: PipelineConfig = Field(default_factory=PipelineConfig, description="Extent of `limbeck run`.")
 
     _suffix: str = PrivateAttr("")  # of the data and cache folders of a stage with a dataset of its own
+
+    @field_validator("plugins", mode="before")
+    @classmethod
+    def _plugins_of_a_flag(cls, value: Any) -> Any:
+        return named_plugins(value) if isinstance(value, str) else value
 
     @model_validator(mode="before")
     @classmethod

@@ -1,7 +1,7 @@
 """Evaluate a recipe's models: the student, the CE baseline and the teacher, on the same held-out rows."""
 
 import json
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from limbeck.console import say
 from limbeck.data.dataset import PackedDataset
 from limbeck.data.tokenizer import LoadedTokenizer, load_tokenizer, recipe_tokenizer, require_same
 from limbeck.errors import LimbeckError
-from limbeck.evaluation.fidelity import evaluate, table
+from limbeck.evaluation.suites import Subject, Suite, suites_of, table
 from limbeck.models import choose_dtype, load_causal_lm, require_packing, verified_transform
 from limbeck.storage import atomic_write_text
 from limbeck.teachers.choose import choose_device
@@ -29,18 +29,22 @@ def evaluate_recipe(recipe: Recipe, models: dict[str, str]) -> dict[str, dict[st
         )
     tokenizer = recipe_tokenizer(recipe)
     rows.check(tokenizer)
-    teacher = None
+    suites, teacher = suites_of(recipe), None
     results: dict[str, dict[str, Any]] = {}
+
+    def score(name: str, model: Any) -> None:
+        subject = Subject(name, model.eval(), tokenizer, rows, teacher, recipe)
+        results[name] = {key: value for suite in suites for key, value in suite.run(subject).items()}
+
     if recipe.teacher.model is not None and not recipe.teacher.is_remote:
         section = recipe.teacher
         source: dict[str, Any] = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
         teacher = _load(recipe, recipe.teacher.model, tokenizer, section.dtype, section.device, **source)
-        results["teacher"] = _scores(recipe, "teacher", teacher, rows, tokenizer, teacher)
+        score("teacher", teacher)
     if recipe.teacher.is_remote:
         say("no KL to the teacher in the table: it is remote. The run's log has it for the held-out rows (eval_steps)")
     for name, folder in models.items():
-        model = _load(recipe, folder, tokenizer, "auto", trust_remote_code=recipe.student.trust_remote_code)
-        results[name] = _scores(recipe, name, model, rows, tokenizer, teacher)
+        score(name, _load(recipe, folder, tokenizer, "auto", trust_remote_code=recipe.student.trust_remote_code))
     return results
 
 
@@ -57,26 +61,9 @@ def _load(
     return model
 
 
-def _scores(
-    recipe: Recipe, name: str, model: Any, rows: PackedDataset, tokenizer: LoadedTokenizer, teacher: Any
-) -> dict[str, Any]:
-    scores = evaluate(
-        model,
-        rows,
-        tokenizer.byte_lengths(),
-        teacher=teacher,
-        top_k=recipe.teacher.top_k or 64,
-        attention=recipe.dataset.attention,
-        batch_size=recipe.evaluation.batch_size,
-        label=f"evaluating {name}",
-        dummy_prefix=tokenizer.dummy_prefix,
-    )
-    return asdict(scores)
-
-
-def write_results(folder: Path, results: dict[str, dict[str, Any]]) -> None:
+def write_results(folder: Path, results: dict[str, dict[str, Any]], suites: Sequence[Suite]) -> None:
     """Save `results.json` and the table as `results.md`."""
     atomic_write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
-    header, *body = table(results)
+    header, *body = table(results, suites)
     lines = [header, ["---"] * len(header), *body]
     atomic_write_text(folder / "results.md", "".join("| " + " | ".join(line) + " |\n" for line in lines))

@@ -16,9 +16,9 @@ import torch
 
 from limbeck.console import progress
 from limbeck.errors import LimbeckError
+from limbeck.export.architectures.base import Architecture, Target, architecture
 from limbeck.export.blocks import BLOCK_TYPES, Array, BlockType, encode
 from limbeck.export.disk import DiskTensors
-from limbeck.export.layout import Target, add_hyperparameters, architecture, targets
 from limbeck.export.source import ternary_settings
 from limbeck.export.vocabulary import add_vocabulary
 from limbeck.storage import commit_file
@@ -62,6 +62,11 @@ class GGUFExport:
         return AutoConfig.from_pretrained(self.folder)
 
     @cached_property
+    def architecture(self) -> Architecture:
+        """Its architecture in GGUF."""
+        return architecture(self.config)
+
+    @cached_property
     def ternary(self) -> dict[str, Any]:
         """What the folder says of its ternary weights; empty for a dense model."""
         return ternary_settings(self.folder)
@@ -101,11 +106,11 @@ class GGUFExport:
 
     def plan(self, tensors: DiskTensors, chosen: str) -> list[Planned]:
         """Every tensor of the file, in order, with ternary weights of the chosen type."""
-        config, ternary = self.config, set(self.ternary.get("weights", []))
+        ternary = set(self.ternary.get("weights", []))
         planned = []
         for name in tensors.names():
             shape = tensors.shape(name)
-            for target in targets(config, name):
+            for target in self.architecture.targets(name):
                 probe = torch.empty(shape, device="meta")
                 final = tuple((target.change or target.rows)(probe).shape)
                 planned.append(Planned(name, target, self._type(name, final, name in ternary, chosen), final))
@@ -116,8 +121,7 @@ class GGUFExport:
             return chosen
         if "embed_tokens" in name or name.startswith("lm_head"):
             return self.embedding if shape[-1] % 32 == 0 else "f16"
-        small = len(shape) < 2 or ".gate.weight" in name or "conv1d" in name or "shared_expert_gate" in name
-        return "f32" if small else "f16"
+        return "f32" if self.architecture.stays_float32(name, shape) else "f16"
 
     def part(self, planned: Planned, tensors: DiskTensors) -> TernaryTensor | torch.Tensor:
         """What a planned tensor holds: codes and scales, or values in float32."""
@@ -136,16 +140,16 @@ class GGUFExport:
         import gguf
 
         tensors = DiskTensors(self.folder)
-        arch, chosen = architecture(self.config), self.choose(tensors)
+        arch, chosen = self.architecture, self.choose(tensors)
         planned = self.plan(tensors, chosen)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        writer = gguf.GGUFWriter(partial, arch)
+        writer = gguf.GGUFWriter(partial, arch.name)
         try:
             writer.add_name(self.folder.resolve().parent.name if self.folder.name == "final" else self.folder.name)
             writer.add_file_type(_FILE_TYPES[chosen])
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-            add_hyperparameters(writer, self.config)
+            arch.add_numbers(writer)
             add_vocabulary(writer, self.folder, self.config.vocab_size)
             for entry in planned:
                 raw, size = _storage(entry.kind, entry.shape)

@@ -47,16 +47,18 @@ class EvaluateStage(Stage):
             "max_rows": recipe.evaluation.max_rows,
             "top_k": recipe.teacher.top_k,
             "dtype": recipe.teacher.dtype,
+            "suites": recipe.evaluation.model_dump(mode="json", include={"suites"})["suites"],
             "plugins": plugin_identity(recipe.plugins),
         }
 
     def make(self, folder: StageFolder, *, force: bool) -> None:
         """Score."""
         from limbeck.evaluation.run import evaluate_recipe, write_results
+        from limbeck.evaluation.suites import suites_of
 
         folder.begin(replace=force)
         results = evaluate_recipe(self.recipe, {name: str(path / "final") for name, path in self.students.items()})
-        write_results(folder.path, results)
+        write_results(folder.path, results, suites_of(self.recipe))
         EvaluationManifest(fingerprint=folder.fingerprint).write(folder.path)
 
     def check(self) -> None:
@@ -70,6 +72,6 @@ class EvaluateStage(Stage):
 
     def text(self, found: dict[str, Any]) -> str:
         """The table."""
-        from limbeck.evaluation.fidelity import table_text
+        from limbeck.evaluation.suites import suites_of, table_text
 
-        return table_text(found["evaluation"])
+        return table_text(found["evaluation"], suites_of(self.recipe))

@@ -64,7 +64,7 @@ class TrainStage(Stage):
         from limbeck.teachers.choose import check_endpoint
 
         recipe = self.recipe
-        if recipe.student.model is None and not recipe.student.config:
+        if not (recipe.student.model or recipe.student.config or recipe.student.builder):
             raise ConfigError(
                 "no student: set student.model to pretrained weights or student.config to an architecture."
             )

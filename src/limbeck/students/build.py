@@ -12,6 +12,7 @@ from limbeck.errors import ConfigError
 from limbeck.models import load_causal_lm
 from limbeck.optim.groups import hidden_matrices
 from limbeck.registration import METHOD
+from limbeck.registry import STUDENTS
 from limbeck.students.ternary import TernaryState, apply_ternary
 
 
@@ -23,27 +24,11 @@ def build_student(config: StudentConfig, vocab_size: int, seed: int, special_ids
     Raises:
         ConfigError: neither weights nor an architecture are named, or the vocabulary is smaller than the tokenizer's.
     """
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+    from transformers import set_seed
 
     set_seed(seed)
-    if config.model is not None:
-        student = load_causal_lm(
-            config.model,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            dtype="float32",
-            **config.config,
-        )
-    elif config.config:
-        keys = {"vocab_size": vocab_size, **special_ids, **config.config}
-        try:
-            _refuse_unknown_keys(config.config)
-            student = AutoModelForCausalLM.from_config(AutoConfig.for_model(**keys))
-        except (ValueError, TypeError, ZeroDivisionError, StrictDataclassError) as error:
-            raise ConfigError(f"student.config does not describe a causal LM: {error}") from error
-    else:
-        raise ConfigError("no student: set student.model to pretrained weights or student.config to an architecture.")
+    build = STUDENTS.get(config.builder or "transformers")
+    student = build(config, {"vocab_size": vocab_size, **special_ids})
     if student.config.vocab_size < vocab_size:
         raise ConfigError(
             f"the student's vocab_size is {student.config.vocab_size} and the tokenizer has {vocab_size} ids. "
@@ -52,6 +37,29 @@ def build_student(config: StudentConfig, vocab_size: int, seed: int, special_ids
     if config.ternary is not None:
         make_ternary(student, config.ternary)
     return student
+
+
+@STUDENTS.register("transformers")
+def _of_transformers(config: StudentConfig, keys: dict[str, int]) -> Any:
+    """A causal LM of transformers: the weights that are named, or a new model; `keys` are the tokenizer's."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if config.model is not None:
+        return load_causal_lm(
+            config.model,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            dtype="float32",
+            **config.config,
+        )
+    if not config.config:
+        raise ConfigError("no student: set student.model to pretrained weights or student.config to an architecture.")
+    try:
+        _refuse_unknown_keys(config.config)
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**keys, **config.config}))
+    except (ValueError, TypeError, ZeroDivisionError, StrictDataclassError) as error:
+        raise ConfigError(f"student.config does not describe a causal LM: {error}") from error
 
 
 def _refuse_unknown_keys(config: dict[str, Any]) -> None:

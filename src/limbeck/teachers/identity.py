@@ -1,6 +1,6 @@
 """What an endpoint is to a run: part of the inputs from which caches and weights are made.
 
-The one idea: a fingerprint where the server tells one, else its portrait, kept in the run's folder and compared
+The one idea: a fingerprint where the server tells one, else its signature, kept in the run's folder and compared
 within tolerance. Where the server listens is no part of it, and finished work is found done when it is gone.
 """
 
@@ -17,11 +17,9 @@ from limbeck.errors import ConfigError
 from limbeck.folders import StageFolder
 from limbeck.storage import read_json, write_json
 from limbeck.teachers.http import RefusedError, TeacherClient, UnreachableError
-from limbeck.teachers.portrait import from_record, same_portrait, take_portrait, to_record
-from limbeck.teachers.protocols import Ask, Facts
-from limbeck.teachers.protocols.base import Session
-from limbeck.teachers.protocols.segments import Answer
+from limbeck.teachers.protocols.base import Ask, Facts, Session, Signature
 from limbeck.teachers.remote import find_facts
+from limbeck.teachers.signature import from_record, same_signature, signature_of, to_record
 
 _MEMORY = "endpoints.json"
 #: What endpoints said in this process: a run asks several times, and `RemoteTeacher` watches for a change itself.
@@ -70,7 +68,7 @@ def remote_identity(recipe: Recipe) -> dict[str, Any]:
         known = _read(memory)["endpoints"].get(key)
         try:
             # One that was there before may be gone for good, and what is finished needs it no more: little patience.
-            facts, portrait = _ask(recipe, tokenizer, {"retries": 2} if known else {})
+            facts, signature = _ask(recipe, tokenizer, {"retries": 2} if known else {})
         except (UnreachableError, RefusedError, ConfigError) as error:
             if known is None:
                 raise
@@ -80,9 +78,9 @@ def remote_identity(recipe: Recipe) -> dict[str, Any]:
             recipe.root.mkdir(parents=True, exist_ok=True)
             with FileLock(recipe.root / f".{_MEMORY}.lock"):  # ranks ask at once, and must agree on a name
                 held = _read(memory)
-                identity = _identity(facts, portrait, held["portraits"] + _recorded(recipe))
-                if "portrait" in identity and identity["portrait"] not in held["portraits"]:
-                    held["portraits"].append(identity["portrait"])
+                identity = _identity(facts, signature, held["signatures"] + _recorded(recipe))
+                if "signature" in identity and identity["signature"] not in held["signatures"]:
+                    held["signatures"].append(identity["signature"])
                 held["endpoints"][key] = identity
                 write_json(memory, held)
         _ASKED[str(memory), key] = identity
@@ -91,17 +89,17 @@ def remote_identity(recipe: Recipe) -> dict[str, Any]:
 
 
 def _read(memory: Path) -> dict[str, Any]:
-    return dict(read_json(memory)) if memory.is_file() else {"endpoints": {}, "portraits": []}
+    return dict(read_json(memory)) if memory.is_file() else {"endpoints": {}, "signatures": []}
 
 
 def _recorded(recipe: Recipe) -> list[dict[str, Any]]:
-    """Portraits by which the recipe's cache and student, perhaps brought from elsewhere, know their teacher."""
+    """Signatures by which the recipe's cache and student, perhaps brought from elsewhere, know their teacher."""
     found = []
     for folder in (recipe.cache_dir, recipe.student_dir):
         teacher = StageFolder(folder, "run", {}).recorded_inputs().get("teacher")
         who = teacher.get("teacher", teacher) if isinstance(teacher, dict) else None
-        if isinstance(who, dict) and isinstance(who.get("portrait"), dict):
-            found.append(who["portrait"])
+        if isinstance(who, dict) and isinstance(who.get("signature"), dict):
+            found.append(who["signature"])
     return found
 
 
@@ -115,23 +113,23 @@ def _key(recipe: Recipe) -> str:
     return " ".join([section.endpoint[0], section.protocol, section.served_model or ""]).strip()
 
 
-def _ask(recipe: Recipe, tokenizer: LoadedTokenizer, changes: dict[str, Any]) -> tuple[Facts, Answer | None]:
+def _ask(recipe: Recipe, tokenizer: LoadedTokenizer, changes: dict[str, Any]) -> tuple[Facts, Signature | None]:
     section = recipe.teacher
     client = TeacherClient(section.endpoint[:1], **{**connection(recipe), **changes})
     try:
         spoken, facts = client.run(find_facts(client, section.protocol, tokenizer, section.served_model))
         session = Session(client, client.endpoints[0], facts.model)
         ask = Ask(top_k=4, temperatures=(1.0,), vocab_size=facts.vocab_size or 1 << 24, model=facts.model)
-        return facts, client.run(take_portrait(spoken, session, ask))
+        return facts, client.run(signature_of(spoken, session, ask, facts))
     finally:
         client.close()
 
 
-def _identity(facts: Facts, portrait: Answer | None, known: list[dict[str, Any]]) -> dict[str, Any]:
-    """The fingerprint, or the portrait that is already known and alike, or the new one."""
+def _identity(facts: Facts, signature: Signature | None, known: list[dict[str, Any]]) -> dict[str, Any]:
+    """The fingerprint, or the signature that is already known and alike, or the new one."""
     told: dict[str, Any] = {"protocol": facts.protocol, "vocab_size": facts.vocab_size}
-    if portrait is None:
+    if signature is None:
         return {**told, "weights": facts.fingerprint}
     told["model"] = facts.model
-    alike = (r for r in known if r["protocol"] == facts.protocol and same_portrait(from_record(r), portrait))
-    return {**told, "portrait": next(alike, to_record(facts.protocol, portrait))}
+    alike = (r for r in known if r["protocol"] == facts.protocol and same_signature(from_record(r), signature))
+    return {**told, "signature": next(alike, to_record(facts.protocol, signature))}

@@ -17,12 +17,13 @@ from limbeck.data.dataset import PackedRows
 from limbeck.data.tokenizer import LoadedTokenizer, recipe_tokenizer
 from limbeck.errors import ConfigError, LimbeckError
 from limbeck.models import choose_dtype, load_causal_lm
+from limbeck.registry import PROTOCOLS
 from limbeck.targets.sparse import SparseTargets
 from limbeck.teachers.choose import choose_device
 from limbeck.teachers.http import TeacherClient
 from limbeck.teachers.identity import connection
 from limbeck.teachers.local import LocalTeacher
-from limbeck.teachers.protocols import PROTOCOLS, Ask, Facts
+from limbeck.teachers.protocols.base import Ask, Facts
 from limbeck.teachers.protocols.segments import CANARY
 from limbeck.teachers.remote import RemoteTeacher, check_ask, find_facts
 
@@ -96,7 +97,7 @@ def _verdict(recipe: Recipe, facts: Facts, vocab_size: int | None) -> str:
     )  # fmt: skip
     try:
         check_ask(ask, facts)
-        PROTOCOLS[facts.protocol]().supports(ask, facts)
+        PROTOCOLS.get(facts.protocol)().supports(ask, facts)
     except LimbeckError as error:
         return f"would be refused: {error}"
     wanted = f"K {ask.support}" if ask.top_k else "the whole vocabulary"

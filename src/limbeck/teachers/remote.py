@@ -22,13 +22,12 @@ from limbeck.console import printable, say
 from limbeck.data.dataset import PackedRows
 from limbeck.data.tokenizer import LoadedTokenizer, require_same
 from limbeck.errors import ConfigError, MismatchError
+from limbeck.registry import PROTOCOLS
 from limbeck.targets.sparse import SparseTargets
 from limbeck.teachers.check import check_targets
 from limbeck.teachers.http import Endpoint, RefusedError, TeacherClient, WrongAnswerError
-from limbeck.teachers.portrait import same_portrait, take_portrait
-from limbeck.teachers.protocols import PROTOCOLS, Ask, Facts, WireProtocol
-from limbeck.teachers.protocols.base import Session
-from limbeck.teachers.protocols.segments import Answer, SegmentProtocol
+from limbeck.teachers.protocols.base import Ask, Facts, Session, Signature, WireProtocol
+from limbeck.teachers.signature import same_signature, signature_of
 
 _AGAIN = "One run needs one teacher: start the first one again and continue, or begin a new run."
 
@@ -54,7 +53,7 @@ class RemoteTeacher:
         self.ahead = ahead
         self.attention = ask.attention
         self.temperatures, self.vocab_size = ask.temperatures, ask.vocab_size
-        self._portrait: Answer | None = None
+        self._signature: Signature | None = None
         check_ask(ask, facts)
         protocol.supports(ask, facts)
 
@@ -162,23 +161,19 @@ class RemoteTeacher:
     async def _begin(self) -> None:
         """The alignment test, and a look at the model by which a later one is known."""
         endpoints = self._client.endpoints
+        few = replace(self.ask, top_k=4, approximate=True)
         for endpoint in endpoints:
-            if await self._aligned(endpoint) is False:
+            if await self._protocol.aligned(self._session(endpoint), few) is False:
                 raise WrongAnswerError(
                     f"the teacher at {endpoint.url} is misaligned: a changed token does not change its own row of "
                     f"targets first. It does not speak protocol {self.facts.protocol} as specified."
                 )
-        self._portrait = await take_portrait(self._protocol, self._session(endpoints[0]), self.ask)
-        if self._portrait is not None:  # answers of protocol limbeck carry the fingerprint themselves
+        self._signature = await signature_of(self._protocol, self._session(endpoints[0]), self.ask, self.facts)
+        if self._signature is not None:  # answers of protocols with a fingerprint carry it themselves
             self._client.recheck = self._recheck
         for endpoint in endpoints[1:]:
             both = f"the endpoints {endpoints[0].url} and {endpoint.url} serve different models"
             await self._compare(endpoint, both, again="Name endpoints of one model.")
-
-    async def _aligned(self, endpoint: Endpoint) -> bool | None:
-        if not isinstance(self._protocol, SegmentProtocol):
-            return None
-        return await self._protocol.aligned(self._session(endpoint), replace(self.ask, top_k=4, approximate=True))
 
     def _session(self, endpoint: Endpoint, *, patient: bool = True) -> Session:
         return Session(self._client, endpoint, self.ask.model, patient)
@@ -189,15 +184,15 @@ class RemoteTeacher:
     async def _compare(self, endpoint: Endpoint, what: str, *, again: str = _AGAIN, patient: bool = True) -> None:
         """Raises when the endpoint is another model than the first one was."""
         session = self._session(endpoint, patient=patient)
-        if self._portrait is None:
+        if self._signature is None:
             facts = await self._protocol.describe(session)
             if facts is None or facts.fingerprint != self.facts.fingerprint:
                 found = (facts.fingerprint or "unknown")[:12] if facts else "something else"
                 known = (self.facts.fingerprint or "")[:12]
                 raise WrongAnswerError(f"{what}: fingerprint {known} here, {found} there. {again}")
             return
-        now = await take_portrait(self._protocol, session, self.ask)
-        if now is None or not same_portrait(self._portrait, now):
+        now = await signature_of(self._protocol, session, self.ask, self.facts)
+        if now is None or not same_signature(self._signature, now):
             raise WrongAnswerError(f"{what}: it gives other probabilities for the same tokens. {again}")
 
 
@@ -214,7 +209,7 @@ async def find_facts(
     session = Session(client, endpoint, model)
     await client.ask(endpoint, "/health")
     for name in PROTOCOLS if protocol == "auto" else [protocol]:
-        spoken = PROTOCOLS[name](tokenizer)
+        spoken: WireProtocol = PROTOCOLS.get(name)(tokenizer)
         facts = await spoken.describe(session)
         if facts is not None:
             return spoken, facts

@@ -63,6 +63,7 @@ def train_inputs(recipe: Recipe, rows: PackedDataset, start: Path | None = None)
         "packed": rows.fingerprint,
         "attention": recipe.dataset.attention,
         "student": recipe.student.config,
+        "builder": recipe.student.builder,
         "ternary": recipe.student.ternary.model_dump(mode="json") if recipe.student.ternary else None,
         "start": begun_from
         or (model_identity(recipe.student.model, recipe.student.revision) if recipe.student.model else None),
@@ -163,7 +164,8 @@ def new_student(recipe: Recipe, tokenizer: LoadedTokenizer, start: Path | None, 
     special = {"bos_token_id": tokenizer.hf.bos_token_id, "eos_token_id": tokenizer.eos_id}
     if tokenizer.hf.pad_token_id not in special.values():  # an embedding row named padding never learns
         special["pad_token_id"] = tokenizer.hf.pad_token_id
-    section = recipe.student.model_copy(update={"model": str(start), "config": {}}) if start else recipe.student
+    weights: dict[str, Any] = {"model": str(start), "config": {}, "builder": None}
+    section = recipe.student.model_copy(update=weights) if start else recipe.student
     student = build_student(section, tokenizer.vocab_size, recipe.seed, special)
     count = sum(parameter.numel() for parameter in student.parameters())
     say(f"student: {type(student).__name__}, {count:,} parameters, float32 weights")

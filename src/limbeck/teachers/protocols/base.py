@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
+
 from limbeck.config import SamplingConfig
 from limbeck.console import printable
 from limbeck.data.dataset import PackedRows
@@ -84,6 +86,14 @@ class Ask:
         return self.top_k or self.vocab_size
 
 
+@dataclass(frozen=True)
+class Signature:
+    """The likeliest ids `[n, k]` int32 after a few fixed tokens, and their log-probabilities `[n, k]` float32."""
+
+    token_ids: np.ndarray[Any, Any]
+    logprobs: np.ndarray[Any, Any]
+
+
 @dataclass
 class Session:
     """One endpoint as a protocol finds out about it.
@@ -156,6 +166,21 @@ class WireProtocol(ABC):
     @abstractmethod
     def targets(self, answers: Sequence[Any], rows: PackedRows, ask: Ask, facts: Facts) -> SparseTargets:
         """Targets `[B, T, K]` from the queries' parsed answers, in their order."""
+
+    @abstractmethod
+    async def signature(self, session: Session, ask: Ask) -> "Signature | None":
+        """How the model behind the endpoint answers a fixed question: what it is known by.
+
+        None where `describe` gives a fingerprint of the weights instead, which every answer must then carry.
+
+        Raises:
+            UnreachableError, UnreadyError: it does not answer (now).
+            RefusedError: it answers in another form.
+        """
+
+    @abstractmethod
+    async def aligned(self, session: Session, ask: Ask) -> bool | None:
+        """False when a changed token does not change its own row first; None when that cannot be told."""
 
     def supports(self, ask: Ask, facts: Facts) -> None:
         """Refuse, before anything is asked, what the protocol or the endpoint cannot give."""

@@ -9,12 +9,14 @@ from typing import Any
 
 from limbeck.data.dataset import PackedRows
 from limbeck.errors import CorruptError
+from limbeck.registry import PROTOCOLS
 from limbeck.targets.sparse import SparseTargets, concatenate
 from limbeck.targets.wire import decode_targets, largest_reply, request_hash
 from limbeck.teachers.http import Query, RefusedError, Reply, WrongAnswerError, encode_body
 from limbeck.teachers.protocols.base import Ask, Facts, Session, WireProtocol
 
 
+@PROTOCOLS.register("limbeck")
 class LimbeckProtocol(WireProtocol):
     """`limbeck teacher serve`."""
 
@@ -85,6 +87,12 @@ class LimbeckProtocol(WireProtocol):
     def targets(self, answers: Sequence[Any], rows: PackedRows, ask: Ask, facts: Facts) -> SparseTargets:
         """The parts as one."""
         return concatenate(answers)
+
+    async def signature(self, session: Session, ask: Ask) -> None:
+        """Its answers carry a fingerprint."""
+
+    async def aligned(self, session: Session, ask: Ask) -> None:
+        """Rows are sent and answered whole."""
 
     def supports(self, ask: Ask, facts: Facts) -> None:
         """Refuse rows that the served model cannot keep apart."""

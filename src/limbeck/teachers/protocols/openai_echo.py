@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from limbeck.console import warn
 from limbeck.data.dataset import PackedRows
 from limbeck.data.tokenizer import LoadedTokenizer
+from limbeck.registry import PROTOCOLS
 from limbeck.targets.sparse import SparseTargets
 from limbeck.teachers.http import Query, RefusedError, Reply, WrongAnswerError
 from limbeck.teachers.protocols.base import Ask, Facts, Session, as_json, first_model
@@ -30,6 +31,7 @@ _TEXTS = ("The quick brown fox jumps over the lazy dog and runs", "The quick bro
 _TOKEN_ID = "token_id:"  # noqa: S105 (how ids are spelt in an answer)
 
 
+@PROTOCOLS.register("openai-echo")
 class OpenAIEchoProtocol(SegmentProtocol):
     """`/v1/completions` with `echo: true`."""
 

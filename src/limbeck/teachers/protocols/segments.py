@@ -20,13 +20,14 @@ import torch
 from limbeck.data.dataset import PackedRows
 from limbeck.targets.sparse import PAD_ID, SparseTargets
 from limbeck.targets.tail import estimate_log_z
-from limbeck.teachers.http import Query, Reply, WrongAnswerError
-from limbeck.teachers.protocols.base import Ask, Facts, Session, WireProtocol, as_json
+from limbeck.teachers.http import Query, RefusedError, Reply, WrongAnswerError
+from limbeck.teachers.protocols.base import Ask, Facts, Session, Signature, WireProtocol, as_json
 
 Array = np.ndarray[Any, Any]
 #: A few ordinary ids that every vocabulary has, for finding out how an endpoint behaves.
 CANARY = [5, 17, 40, 33, 61, 12, 90, 7, 28, 55, 71, 19]
 CHANGED = (4, 6, 8)  # the places of the canary that the alignment test changes
+_SIGNATURE_IDS = 4  # a row
 _NOISE = 0.05  # nats by which a server in bfloat16 differs from itself
 
 
@@ -212,6 +213,16 @@ class SegmentProtocol(WireProtocol):
             low, high = (top_k, high) if given >= top_k else (low, top_k)
         return low
 
+    async def signature(self, session: Session, ask: Ask) -> Signature:
+        """The likeliest ids after each token of the canary."""
+        plain = replace(ask, top_k=_SIGNATURE_IDS, temperatures=(1.0,), sampling=None, approximate=True)
+        answers = await session.try_query(self.query([self.canary], plain))
+        if not answers:
+            raise RefusedError(f"the teacher at {session.endpoint.url} does not answer as protocol {self.name}.")
+        order = np.argsort(-answers[0].logprobs, axis=1, kind="stable")[:, :_SIGNATURE_IDS]
+        ids, logprobs = (np.take_along_axis(x, order, 1) for x in (answers[0].token_ids, answers[0].logprobs))
+        return Signature(ids, logprobs)
+
     async def aligned(self, session: Session, ask: Ask) -> bool | None:
         """Change one token: rows before its own must stay, its own must change. None when nothing can be told.
 
@@ -330,7 +341,7 @@ def shifted(entries: Sequence[Sequence[tuple[int, float]] | None], name: str) ->
     return from_entries([entry for entry in entries[1:] if entry])
 
 
-def first_change(one: Answer, other: Answer) -> int | None:
+def first_change(one: Answer | Signature, other: Answer | Signature) -> int | None:
     """The first row in which two answers differ: how far they saw the same tokens; None when none does."""
     for row, gaps in enumerate(shared_gaps(one, other)):
         if not gaps or max(gaps) > _NOISE:
@@ -338,7 +349,7 @@ def first_change(one: Answer, other: Answer) -> int | None:
     return None
 
 
-def shared_gaps(one: Answer, other: Answer) -> list[list[float]]:
+def shared_gaps(one: Answer | Signature, other: Answer | Signature) -> list[list[float]]:
     """Per row that both answers have, the differences of the log-probabilities of the ids that both name."""
     gaps = []
     for row in range(min(len(one.token_ids), len(other.token_ids))):

@@ -5,10 +5,12 @@ The one idea: as with vLLM, entry j of `input_top_logprobs` is the distribution 
 
 from typing import Any
 
+from limbeck.registry import PROTOCOLS
 from limbeck.teachers.protocols.base import Ask, Session
 from limbeck.teachers.protocols.segments import Answer, SegmentProtocol, shifted
 
 
+@PROTOCOLS.register("sglang")
 class SGLangProtocol(SegmentProtocol):
     """`python -m sglang.launch_server`."""
 

@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from limbeck.registry import PROTOCOLS
 from limbeck.teachers.protocols.base import Ask, Facts, Session
 from limbeck.teachers.protocols.segments import Answer, Array, SegmentProtocol
 
 
+@PROTOCOLS.register("topk")
 class TopKProtocol(SegmentProtocol):
     """A vLLM extension's endpoint, and `limbeck teacher serve`'s."""
 

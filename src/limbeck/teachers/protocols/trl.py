@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from limbeck.registry import PROTOCOLS
 from limbeck.teachers.http import WrongAnswerError
 from limbeck.teachers.protocols.base import Ask
 from limbeck.teachers.protocols.segments import Answer, Array, SegmentProtocol
 
 
+@PROTOCOLS.register("trl")
 class TRLProtocol(SegmentProtocol):
     """`POST /get_sequence_logprobs/`."""
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from limbeck.data.dataset import PackedRows
+from limbeck.registry import PROTOCOLS
 from limbeck.targets.sparse import SparseTargets, concatenate
 from limbeck.teachers.http import Query, RefusedError
 from limbeck.teachers.protocols.base import Ask, Facts, Session
@@ -22,6 +23,7 @@ _REPLY_BYTES = 64 << 20  # wanted of one answer; one sequence is asked for whole
 _BLOCK = 256
 
 
+@PROTOCOLS.register("user")
 class UserProtocol(SegmentProtocol):
     """`POST ENDPOINT` or `POST ENDPOINT/v1/completions`."""
 

@@ -8,10 +8,12 @@ not assumed.
 from dataclasses import replace
 from typing import Any
 
+from limbeck.registry import PROTOCOLS
 from limbeck.teachers.protocols.base import Ask, Facts, Session, first_model
 from limbeck.teachers.protocols.segments import Answer, SegmentProtocol, shifted
 
 
+@PROTOCOLS.register("vllm")
 class VLLMProtocol(SegmentProtocol):
     """Servers with `prompt_logprobs`: `vllm serve`, and what forwards to it."""
 
