@@ -5,6 +5,7 @@ into its tables of quantisation methods when the module that holds them is there
 classes when a ternary checkpoint is loaded.
 """
 
+import importlib
 import importlib.util
 import sys
 from importlib.abc import Loader, MetaPathFinder
@@ -19,15 +20,16 @@ _TABLES = "transformers.quantizers.auto"
 class _LazyConfig:
     @classmethod
     def from_dict(cls, *args: Any, **kwargs: Any) -> Any:
-        from limbeck.students.quantizer import TernaryQuantizationConfig
-
-        return TernaryQuantizationConfig.from_dict(*args, **kwargs)
+        return _quantizer().TernaryQuantizationConfig.from_dict(*args, **kwargs)
 
 
 def _lazy_quantizer(*args: Any, **kwargs: Any) -> Any:
-    from limbeck.students.quantizer import TernaryQuantizer
+    return _quantizer().TernaryQuantizer(*args, **kwargs)
 
-    return TernaryQuantizer(*args, **kwargs)
+
+def _quantizer() -> Any:
+    """The module of the real classes, by name: it stands far above this one, and imports this one's `METHOD`."""
+    return importlib.import_module("limbeck.students.quantizer")
 
 
 def _add(tables: ModuleType) -> None:

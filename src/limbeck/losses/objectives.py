@@ -162,7 +162,7 @@ class KLToTeacher(Objective):
         if reference is None:
             if targets is None or targets.sampling_temperature not in (None, 1.0):
                 return nothing, {}
-            parts = self._fused(outputs, batch, alpha=1.0, temperature=1.0, tail="bucket")
+            parts = self._fused(outputs, batch, temperature=1.0, tail="bucket")
             return nothing, {"kl_to_teacher": parts.divergence_sum}
         head, flat = OutputHead(outputs.model), outputs.hidden.reshape(-1, outputs.hidden.shape[-1])
         positions = batch.valid.reshape(-1).nonzero().squeeze(-1)

@@ -50,9 +50,7 @@ def begin(stage: StageFolder, recipe: Recipe, force: bool, groups: list[str]) ->
     if wanted is not None and not force and _starts_elsewhere(stage):
         found = resolve_resume(wanted)
         require_groups(found, groups)
-        if stage.recorded() is None:
-            stage.begin()
-        elif stage.recorded() != stage.fingerprint:
+        if stage.recorded() not in (None, stage.fingerprint):
             changed = stage.differences()
             say(f"continuing {stage.path} with a change ({changed})")
         inside = found.parent.resolve() == stage.path.resolve()

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback
 
-from limbeck.data.dataset import IGNORE, PackedDataset, PackedRows
+from limbeck.data.dataset import IGNORE, PackedRows
 from limbeck.errors import ConfigError
 from limbeck.losses.objective import AFTER_ALL_RAMPS, Batch, Context, Objectives
 from limbeck.losses.objectives import Distillation, KLToTeacher
@@ -39,10 +39,10 @@ from limbeck.optim.hybrid import HybridOptimizer
 from limbeck.optim.schedules import SCHEDULES, build_schedule
 from limbeck.targets.reference import Reference
 from limbeck.targets.sparse import SparseTargets
-from limbeck.targets.store import TeacherCache
 from limbeck.teachers.base import AsyncTeacher, DenseTeacher, Teacher
 from limbeck.training.arguments import DistillationArguments
 from limbeck.training.callbacks import LogLines
+from limbeck.training.check import check_teacher
 from limbeck.training.checkpointing import CheckpointingTrainer
 from limbeck.training.collate import RowCollator
 from limbeck.training.dashboard import Dashboard, wants_dashboard
@@ -91,7 +91,7 @@ class DistillationTrainer(CheckpointingTrainer):
         if args.attention not in ("per_document", "packed"):
             raise ConfigError(f"attention is {args.attention!r}; choose per_document or packed.")
         if teacher is not None:
-            _check_teacher(teacher, args, train_dataset)
+            check_teacher(teacher, args, train_dataset)
         if args.attention == "per_document":
             require_packing(model, "student")
         # Outside torchrun one process drives one GPU: nn.DataParallel would bypass the fused forward.
@@ -401,24 +401,3 @@ class DistillationTrainer(CheckpointingTrainer):
         self.metrics.restore(state["metrics"], main=self.is_world_process_zero())
         if self.saddle is not None and state["saddle"] is not None:
             self.saddle.restore(state["saddle"])
-
-
-def _check_teacher(teacher: Teacher, args: DistillationArguments, train_dataset: Any) -> None:
-    """Refuse before anything runs what a teacher could not give later."""
-    missing = args.loss.undeclared(teacher.temperatures)
-    if missing is not None:
-        raise ConfigError(
-            f"loss.{missing[0]} is {missing[1]} and the teacher declares {list(teacher.temperatures)}. "
-            "Use a declared temperature, or declare it in teacher.temperatures and make the targets again."
-        )
-    sampled_at, initial = teacher.template().sampling_temperature, args.loss.temperature_initial
-    if sampled_at is not None and initial not in (None, sampled_at):
-        raise ConfigError(
-            f"loss.temperature_initial is {initial} and the targets' tail was sampled at "
-            f"{sampled_at}. Keep the temperature, or use teacher.top_k instead of teacher.sampling."
-        )
-    if isinstance(teacher, TeacherCache) and isinstance(train_dataset, PackedDataset):
-        teacher.check(train_dataset, args.attention)
-    attention = getattr(teacher, "attention", args.attention)  # a cache was checked by its rows
-    if attention != args.attention:
-        raise ConfigError(f"the teacher's attention is {attention} and the student's {args.attention}.")
