@@ -21,29 +21,36 @@ from limbeck.teachers.server.load import load_served
 
 
 @contextlib.contextmanager
-def running(app):
+def running(app, held=None):
     """Serve an ASGI app on a free port; gives the URL."""
     settings = uvicorn.Config(app, log_level="error", access_log=False)
-    with serving(settings) as (host, port):
+    with serving(settings, held) as (host, port):
         yield f"http://{host}:{port}"
 
 
+def bound():
+    """A socket on a free port, which nobody else gets while it is open."""
+    found = socket.socket()
+    found.bind(("127.0.0.1", 0))
+    return found
+
+
 @contextlib.contextmanager
-def serving(settings):
-    """Run uvicorn with these settings on a free port; gives host and port."""
-    bound = socket.socket()
-    bound.bind(("127.0.0.1", 0))
+def serving(settings, held=None):
+    """Run uvicorn with these settings on a free port, or on the one that `held` keeps; gives host and port."""
+    own = held.dup() if held is not None else bound()
     server = uvicorn.Server(settings)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [own]}, daemon=True)
     thread.start()
     while not server.started:
+        assert thread.is_alive(), "the server did not start"
         time.sleep(0.01)
     try:
-        yield bound.getsockname()
+        yield own.getsockname()
     finally:
         server.should_exit = True
         thread.join(timeout=10)
-        bound.close()
+        own.close()
 
 
 def limbeck_app(model, key=None, **limits):

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import threading
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from limbeck.teachers.build_cache import build_cache
 from limbeck.teachers.http import LostError, RefusedError, WrongAnswerError
 from limbeck.teachers.identity import environment_key
 from limbeck.teachers.remote import RemoteTeacher
-from serving import Served, free_port, limbeck_app, running, user_app, vllm_app
+from serving import Served, bound, free_port, limbeck_app, running, user_app, vllm_app
 
 
 @pytest.fixture(scope="module")
@@ -86,23 +85,13 @@ def test_another_model_is_noticed_even_after_an_idle_restart(model, rows):
     other = tiny_model(seed=9)
     with torch.no_grad():
         other.get_input_embeddings().weight.mul_(20.0)
-    with running(vllm_app(model)) as url:
-        teacher = vllm(url)
-        teacher.targets(rows)
-        port = int(url.rsplit(":", 1)[1])
-    import uvicorn
-
-    config = uvicorn.Config(vllm_app(other), host="127.0.0.1", port=port, log_level="error")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        pass
-    with pytest.raises(WrongAnswerError, match="changed while this run went on"):
-        teacher.targets(rows)
+    with bound() as held:
+        with running(vllm_app(model), held) as url:
+            teacher = vllm(url)
+            teacher.targets(rows)
+        with running(vllm_app(other), held), pytest.raises(WrongAnswerError, match="changed while this run went on"):
+            teacher.targets(rows)
     teacher.close()
-    server.should_exit = True
-    thread.join(timeout=10)
 
 
 def test_two_endpoints_of_different_models_are_refused(model):

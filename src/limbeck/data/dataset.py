@@ -8,7 +8,7 @@ Shapes: B rows, T tokens in a row.
 
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,11 @@ class PackedRows:
     row_ids: torch.Tensor
     input_ids: torch.Tensor
     doc_ids: torch.Tensor
+
+    @classmethod
+    def from_batch(cls, batch: Mapping[str, torch.Tensor]) -> "PackedRows":
+        """The rows of a data loader's batch."""
+        return cls(batch["row_ids"], batch["input_ids"], batch["doc_ids"])
 
     @property
     def labels(self) -> torch.Tensor:

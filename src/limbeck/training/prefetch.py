@@ -41,7 +41,7 @@ class TargetsAhead:
                 batch = next(self.source)
             except StopIteration:
                 break
-            rows = PackedRows(batch["row_ids"], batch["input_ids"], batch["doc_ids"])
+            rows = PackedRows.from_batch(batch)
             self._queue.append({**batch, PENDING: self._teacher.submit(rows)})
         if not self._queue:
             raise StopIteration

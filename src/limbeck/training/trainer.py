@@ -155,7 +155,7 @@ class DistillationTrainer(CheckpointingTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """The loss of one micro-batch, divided by the positions of the whole batch."""
-        rows = PackedRows(inputs["row_ids"], inputs["input_ids"], inputs["doc_ids"])
+        rows = PackedRows.from_batch(inputs)
         with self.metrics.waiting("teacher", self._teacher_device):
             targets = self._targets(rows, inputs, self.teacher)
         outputs = self._forward(model, rows, inputs["labels"], targets, num_items_in_batch)
@@ -284,7 +284,7 @@ class DistillationTrainer(CheckpointingTrainer):
             start = first + self.args.process_index * size
             indices = range(start, min(start + size, count)) or range(1)
             inputs = self._prepare_inputs(self._eval_collator([dataset[i] for i in indices]))
-            rows = PackedRows(inputs["row_ids"], inputs["input_ids"], inputs["doc_ids"])
+            rows = PackedRows.from_batch(inputs)
             with self.compute_loss_context_manager():
                 targets = self._targets(rows, inputs, self.eval_teacher)
                 reference = self._reference(rows)
@@ -368,7 +368,7 @@ class DistillationTrainer(CheckpointingTrainer):
         model = self.accelerator.unwrap_model(self.model).eval()
         items = [self.train_dataset[i] for i in range(min(rows, len(self.train_dataset)))]
         inputs = self._prepare_inputs(self.data_collator(items))
-        packed = PackedRows(inputs["row_ids"], inputs["input_ids"], inputs["doc_ids"])
+        packed = PackedRows.from_batch(inputs)
         targets = self._targets(packed, inputs, self.teacher)
         batch = Batch(inputs["labels"], targets, step=self.ramped_step(self.state.global_step))
         request = LossRequest(batch, self.objectives, exact=True)
