@@ -278,8 +278,9 @@ def _saves_and_dies(*args):
     raise KeyboardInterrupt
 
 
-def test_best_is_a_step_that_was_saved(packed, tmp_path, monkeypatch):
-    """Held-out losses 5, 4, 4.5, the second save refused: the best that is there is the first, then the third."""
+@pytest.mark.parametrize("how", ["refused", "failed"])
+def test_best_is_a_step_that_was_saved(packed, tmp_path, monkeypatch, how):
+    """Held-out losses 5, 4, 4.5, the second not saved: the best that is there is the first, then the third."""
     losses = {1: 5.0, 2: 4.0, 3: 4.5}
     settings = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "eval_loss",
                 "greater_is_better": False, "max_steps": 3, "save_strategy": "steps", "save_steps": 1}  # fmt: skip
@@ -287,7 +288,12 @@ def test_best_is_a_step_that_was_saved(packed, tmp_path, monkeypatch):
         tiny_model(), arguments(tmp_path, **settings), train_dataset=packed, eval_dataset=packed
     )
     monkeypatch.setattr(trainer, "evaluate", lambda **kwargs: {"eval_loss": losses[trainer.state.global_step]})
-    monkeypatch.setattr(trainer, "_refused", lambda folder: trainer.state.global_step == 2)
+    if how == "refused":
+        monkeypatch.setattr(trainer, "_refused", lambda folder: trainer.state.global_step == 2)
+    else:
+        written = trainer._write
+        second = "No space left on device"
+        monkeypatch.setattr(trainer, "_write", lambda folder, step: second if step == 2 else written(folder, step))
     seen = []
     original = trainer._save_checkpoint
     trainer._save_checkpoint = lambda *args: (original(*args), seen.append(trainer.state.best_global_step))
@@ -314,6 +320,13 @@ def test_a_disk_that_fills_up_at_the_rename(packed, tmp_path, monkeypatch, caplo
     trainer.train()
     assert checkpoints.steps(tmp_path) == [1, 3]
     assert "checkpoint step_2 could not be written ([Errno 28] No space left on device)" in caplog.text
+
+
+def test_a_checkpoint_that_is_named_is_verified(packed, tmp_path):
+    saving(packed, tmp_path, steps=1).train()
+    (tmp_path / "step_1" / "config.json").write_text("{}")
+    with pytest.raises(CorruptError, match="config.json is missing or damaged"):
+        checkpoints.resolve_resume(tmp_path / "step_1")
 
 
 def test_a_tokenizers_failed_write_is_a_failed_write():

@@ -38,6 +38,12 @@ def page(name, folder) -> dict:
     return {**tree, "plugins": [str(folder / file)]}
 
 
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    """One folder for what this process imports: a part from two files would be two parts of one name."""
+    return tmp_path_factory.mktemp("parts")
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_a_part_is_a_file_of_less_than_thirty_lines(name, tmp_path):
     (file,) = page(name, tmp_path)["plugins"]
@@ -75,8 +81,8 @@ def test_a_run_with_parts_from_outside(recipe_tree, tmp_path):
     assert (states["pack"], states["cache"], states["train"]) == ("done", "done", "to run")
 
 
-def test_renyis_divergence_is_its_formula(tmp_path):
-    load_plugins(page("divergence", tmp_path)["plugins"])
+def test_renyis_divergence_is_its_formula(once):
+    load_plugins(page("divergence", once)["plugins"])
     p, q = torch.rand(2, 3, 5, dtype=torch.float64).softmax(-1)
     found = DIVERGENCES.build(Choice(name="renyi", order=0.3))(p.log(), q.log(), torch.ones(3, 5, dtype=torch.bool))
     torch.testing.assert_close(found, (p**0.3 * q**0.7).sum(-1).log() / (0.3 - 1))
@@ -84,8 +90,8 @@ def test_renyis_divergence_is_its_formula(tmp_path):
         DIVERGENCES.build(Choice(name="renyi", oder=0.3))
 
 
-def test_parameters_of_an_objective_are_trained_saved_and_resumed(recipe_tree, packed, tmp_path):
-    own = page("objective", tmp_path)
+def test_parameters_of_an_objective_are_trained_saved_and_resumed(recipe_tree, packed, once, tmp_path):
+    own = page("objective", once)
     load_plugins(own["plugins"])
     tree = merged({**recipe_tree, "training": {**recipe_tree["training"], "mode": "ce", "save_steps": 2}}, own)
     recipe = Recipe.model_validate(tree)
@@ -103,9 +109,9 @@ def test_parameters_of_an_objective_are_trained_saved_and_resumed(recipe_tree, p
     assert later != (tmp_path / "cut" / "step_2" / FILE).read_bytes()
 
 
-def test_an_objectives_part_of_the_batch_is_its_share(packed, tmp_path):
+def test_an_objectives_part_of_the_batch_is_its_share(packed, once):
     """Two halves of a batch add up to the whole, in loss and gradient."""
-    load_plugins(page("objective", tmp_path)["plugins"])
+    load_plugins(page("objective", once)["plugins"])
     from limbeck.training.head import attach_objectives
 
     model = tiny_model()
@@ -148,7 +154,7 @@ def test_an_architecture_from_outside_goes_to_gguf(tmp_path):
     assert "sliding_window is set" in refused.stderr
 
 
-def test_a_protocol_from_outside_teaches(recipe_tree, teacher_folder, packed, tmp_path):
+def test_a_protocol_from_outside_teaches(recipe_tree, teacher_folder, packed, once):
     model = load_causal_lm(str(teacher_folder), dtype="float32").eval()
     app = FastAPI()
 
@@ -163,7 +169,7 @@ def test_a_protocol_from_outside_teaches(recipe_tree, teacher_folder, packed, tm
             scores.append([list(zip(ids, values, strict=True)) for ids, values in pairs])
         return {"scores": scores}
 
-    own = page("teacher", tmp_path)
+    own = page("teacher", once)
     load_plugins(own["plugins"])
     with running(app) as url:
         section = {**recipe_tree["teacher"], **own["teacher"], "endpoint": [url]}
