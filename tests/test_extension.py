@@ -1,7 +1,10 @@
 """Parts from outside the package: the files that docs/adding-a-*.md print, named by a recipe and run."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,10 +18,15 @@ from limbeck import LocalTeacher
 from limbeck.config import Recipe
 from limbeck.config.base import merged
 from limbeck.errors import ConfigError
+from limbeck.losses.objective import Batch, Objective, Objectives
 from limbeck.models import load_causal_lm
-from limbeck.plugins import load_plugins
-from limbeck.recipe import load_recipe
-from limbeck.registry import DIVERGENCES, Choice, Registry
+from limbeck.pipeline import build_stages
+from limbeck.plugins import load_plugins, plugin_identity
+from limbeck.recipe import load_recipe, parse_flags
+from limbeck.registry import DIVERGENCES, STAGES, Choice, Registry
+from limbeck.stages.train import TrainStage
+from limbeck.training.head import LossRequest, attach_objectives
+from limbeck.training.metrics import StepMetrics
 from limbeck.training.own_parameters import FILE
 from limbeck.training.phases import train
 from serving import running
@@ -112,8 +120,6 @@ def test_parameters_of_an_objective_are_trained_saved_and_resumed(recipe_tree, p
 def test_an_objectives_part_of_the_batch_is_its_share(packed, once):
     """Two halves of a batch add up to the whole, in loss and gradient."""
     load_plugins(page("objective", once)["plugins"])
-    from limbeck.training.head import attach_objectives
-
     model = tiny_model()
     attach_objectives(model)
     rows = packed.rows(range(6))
@@ -217,3 +223,147 @@ def test_a_registry_imports_its_rooms_when_it_is_asked(tmp_path, monkeypatch):
     assert (table.get("one"), "one" in table, table.items()) == (1, True, [("one", 1)])
     with pytest.raises(ConfigError, match=r"some.key: unknown thing 'onne'; choose one of one. Did you mean one\?"):
         table.get("onne")
+
+
+def test_keys_by_their_earlier_names(tmp_path):
+    """A recipe that an earlier limbeck saved holds every key with its default."""
+    saved = {"loss": {"divergence": "forward_kl", "jsd_beta": 0.5, "skew": 0.1}, "teacher": {"kind": None}}
+    assert Recipe.model_validate(saved).loss.divergence == Choice(name="forward_kl")
+    one = Recipe.model_validate({"loss": {"divergence": "jsd", "jsd_beta": 0.3, "skew": 0.1}})
+    assert one.loss.divergence == Choice(name="jsd", beta=0.3)
+    assert Recipe.model_validate(json.loads(one.model_dump_json())).loss == one.loss
+    with pytest.raises(ValueError, match=r"forward_kl has no parameter 'skew'"):
+        Recipe.model_validate({"loss": {"skew": 0.4}})
+    with pytest.raises(ConfigError, match=r"loss.jsd_beta is 0.3 and loss.divergence.beta, its present name, is 0.4"):
+        Recipe.model_validate({"loss": {"divergence": {"name": "jsd", "beta": 0.4}, "jsd_beta": 0.3}})
+    file = tmp_path / "r.yaml"
+    file.write_text("loss: {divergence: jsd, jsd_beta: 0.4}\n")
+    for flags, wanted in (
+        (["--loss.divergence.beta", "0.3"], {"name": "jsd", "beta": 0.3}),
+        (["--loss.jsd_beta", "0.3"], {"name": "jsd", "beta": 0.3}),
+        (["--loss.divergence", "skewed_kl"], {"name": "skewed_kl"}),
+        (["--loss.divergence.name", "skewed_kl", "--loss.skew", "0.3"], {"name": "skewed_kl", "skew": 0.3}),
+        (["--loss.divergence.skew", "0.3", "--loss.divergence", "skewed_kl"], {"name": "skewed_kl", "skew": 0.3}),
+        (["--loss.divergence", "skewed_kl", "--loss.divergence.skew", "0.3"], {"name": "skewed_kl", "skew": 0.3}),
+    ):
+        assert load_recipe(file, parse_flags(flags)).loss.divergence == Choice(**wanted), flags
+
+
+@pytest.mark.parametrize(("own", "wanted"), [
+    ({"jsd_beta": 0.3}, {"name": "jsd", "beta": 0.3}),
+    ({"divergence": {"beta": 0.3}}, {"name": "jsd", "beta": 0.3}),
+    ({"divergence": {"name": "skewed_kl", "skew": 0.2}}, {"name": "skewed_kl", "skew": 0.2}),
+    ({"divergence": "tvd"}, {"name": "tvd"}),
+])  # fmt: skip
+def test_a_phase_changes_the_divergence_or_its_parameter(own, wanted):
+    stages = {"enabled": True, "configs": [{"stage_name": "a", "max_steps": 1, "loss": own}]}
+    recipe = Recipe.model_validate({"loss": {"divergence": "jsd", "jsd_beta": 0.5}, "stages": stages})
+    ((_, found),) = recipe.stage_recipes()
+    assert found.loss.divergence == Choice(**wanted)
+
+
+def test_a_plugin_that_changes_under_a_process_is_told(tmp_path):
+    file = tmp_path / "part.py"
+    file.write_text("x = 1\n")
+    load_plugins([str(file)])
+    before = plugin_identity([str(file), "json"])
+    file.write_text("x = 2\n")
+    assert plugin_identity([str(file), "json"]) == before
+    assert before[1] == "json"
+    with pytest.raises(ConfigError, match="has changed since it was imported"):
+        load_plugins([str(file)])
+
+
+class Named(Objective):
+    """Measures what it is told to."""
+
+    def __init__(self, *names):
+        super().__init__()
+        self.names = names
+
+    def forward(self, outputs, batch):
+        return torch.zeros(()), dict.fromkeys(self.names, batch.positions)
+
+
+def test_names_of_metrics_are_each_objectives_own(packed):
+    rows = packed.rows([0, 1])
+    model = tiny_model()
+    attach_objectives(model)
+
+    def measure(*objectives):
+        request = LossRequest(Batch(rows.labels), Objectives([(1.0, objective) for objective in objectives]))
+        return model(**rows.model_inputs("per_document"), loss_request=request).metrics
+
+    assert set(measure(Named("a"), Named("b"))) == {"a", "b"}
+    with pytest.raises(ConfigError, match="two objectives measure 'a'"):
+        measure(Named("a"), Named("b", "a"))
+    with pytest.raises(ConfigError, match="measures 'loss', which the trainer logs"):
+        measure(Named("loss"))
+    metrics = StepMetrics()
+    metrics.add(torch.tensor(3), measure(Named("a", "b")))
+    with pytest.raises(ConfigError, match="measured b in one micro-batch and not in another"):
+        metrics.add(torch.tensor(3), measure(Named("a")))
+
+
+def test_stages_that_cannot_be_ordered_are_told(recipe, monkeypatch):
+    class Late(TrainStage):
+        @classmethod
+        def of(cls, recipe, before):
+            return [cls(recipe, cls.called, recipe.root / "late", label="x", after=cls.reads)]
+
+    monkeypatch.setitem(STAGES._parts, "late", Late)
+    for called, reads, message in (
+        ("late", ["export"], "stage late reads export, and this recipe has pack, cache, train, evaluate before it"),
+        ("train", [], "two stages are named 'train'"),
+    ):
+        Late.called, Late.reads = called, reads
+        with pytest.raises(ConfigError, match=message):
+            build_stages(recipe)
+
+
+def test_experts_without_a_head_dim_of_their_own_go_to_gguf(tmp_path):
+    from limbeck.export.gguf import GGUFExport
+
+    sizes = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+             "decoder_sparse_step": 1, "norm_topk_prob": True, "hidden_size": 64, "num_attention_heads": 4}  # fmt: skip
+    folder = save_model(tiny_model(**sizes), tmp_path / "m")
+    GGUFExport(folder).write(tmp_path / "m.gguf")
+    import gguf
+
+    fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
+    assert fields["qwen3moe.attention.key_length"].contents() == 16
+
+
+RANKS = """
+import sys
+from pathlib import Path
+sys.path[:0] = {paths!r}
+from conftest import tiny_model
+from limbeck import DistillationTrainer
+from limbeck.config import Recipe
+from limbeck.data.dataset import PackedDataset
+from limbeck.plugins import load_plugins
+from test_trainer import arguments
+load_plugins([{plugin!r}])
+out, batch = sys.argv[1:]
+trainer = DistillationTrainer(
+    tiny_model(), arguments(out, per_device_train_batch_size=int(batch), objectives=["calm"], adam_epsilon=1e-3,
+                            save_strategy="steps", save_steps=2, ddp_backend="gloo" if batch == "4" else None),
+    train_dataset=PackedDataset({data!r}),
+)
+trainer.train()
+"""
+
+
+def test_two_ranks_train_an_objectives_parameters_as_one_process_does(packed, once, tmp_path):
+    (plugin,) = page("objective", once)["plugins"]
+    script = tmp_path / "ranks.py"
+    paths = [str(Path(__file__).parent)]
+    script.write_text(RANKS.format(paths=paths, plugin=plugin, data=str(packed.folder)))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for name, command, batch in (("one", [sys.executable], "8"), ("two", torchrun, "4")):
+        subprocess.run([*command, str(script), str(tmp_path / name), batch], check=True, env=environment, timeout=240)
+    (one,), (two,) = (load_file(tmp_path / name / "step_2" / FILE).values() for name in ("one", "two"))
+    assert float(one.abs().max()) > 1e-5
+    torch.testing.assert_close(one, two, atol=2e-5, rtol=1e-2)

@@ -46,10 +46,23 @@ class RunReport:
 
 
 def build_stages(recipe: Recipe) -> list[Stage]:
-    """The stages that the recipe asks for, in order."""
+    """The stages that the recipe asks for, in order.
+
+    Raises:
+        ConfigError: two have one name, or one reads a stage that is not before it.
+    """
     found: list[Stage] = []
     for _, kind in STAGES.items():
-        found += kind.of(recipe, list(found))
+        for stage in kind.of(recipe, list(found)):
+            names = [other.name for other in found]
+            if stage.name in names:
+                raise ConfigError(f"two stages are named {stage.name!r}; rename one ({type(stage).__name__}).")
+            missing = [name for name in stage.after if name not in names]
+            if missing:
+                raise ConfigError(
+                    f"stage {stage.name} reads {missing[0]}, and this recipe has {', '.join(names)} before it."
+                )
+            found.append(stage)
     return found
 
 
@@ -100,7 +113,7 @@ def run_pipeline(
     stages = select(build_stages(recipe), last)
     if force and ranks.world_size() > 1:
         raise ConfigError("--force starts over in one process; run it once without torchrun first.")
-    for stage in stages:
+    for stage in reversed(stages):  # the last ask the least: an endpoint is looked at when all else is well
         stage.check()
     with folder_lock(recipe.root) if ranks.rank() == 0 else contextlib.nullcontext():
         for number, stage in enumerate(stages):

@@ -41,14 +41,17 @@ def load_plugins(names: Sequence[str]) -> None:
 def _load_file(path: Path) -> None:
     if not path.is_file():
         raise ConfigError(f"plugins: {path} does not exist. Give the path of a Python file, or a module's name.")
-    name = f"limbeck_plugin_{path.resolve().as_posix().encode().hex()}"
+    name = _module_name(path)
+    digest = sha256_file(path)
     if name in sys.modules:
+        if _LOADED[name] != digest:
+            raise ConfigError(f"plugins: {path} has changed since it was imported. Start a new process.")
         return
     spec = spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
+    sys.modules[name], _LOADED[name] = module, digest  # dataclasses look their module up
     try:
         spec.loader.exec_module(module)
     except BaseException:
@@ -58,4 +61,14 @@ def _load_file(path: Path) -> None:
 
 def plugin_identity(names: Sequence[str]) -> list[str]:
     """What the plugins are to a result that depends on them: the hash of a file, the name of a module."""
-    return [sha256_file(Path(name)) if name.endswith(".py") else name for name in names]
+    files = {name: Path(name) for name in names if name.endswith(".py")}
+    return [_LOADED.get(_module_name(files[name])) or sha256_file(files[name]) if name in files else name
+            for name in names]  # fmt: skip
+
+
+#: Module name of a file -> the hash of what was imported, which the file may be no longer.
+_LOADED: dict[str, str] = {}
+
+
+def _module_name(path: Path) -> str:
+    return f"limbeck_plugin_{path.resolve().as_posix().encode().hex()}"

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from limbeck.config import Recipe
 from limbeck.config.base import Section, merged
-from limbeck.config.moved import MOVED, rewritten
+from limbeck.config.moved import MOVED, REMOVED, rewritten
 from limbeck.errors import ConfigError
 from limbeck.plugins import load_plugins, named_plugins
 
@@ -170,7 +170,7 @@ def parse_flags(
             raise ConfigError(f"{command}: unexpected argument {word!r}. Keys are given as `--section.key value`.")
         flag, equals, value = word[2:].partition("=")
         key = flag.replace("-", "_") if "." in flag else aliases.get(flag.replace("_", "-"), flag.replace("-", "_"))
-        if not (key in known or key in MOVED or key.startswith(_OPEN)):
+        if not (key in known or key in MOVED or key in REMOVED or key.startswith(_OPEN)):
             candidates = [*known, *MOVED, *aliases]
             raise ConfigError(f"{command}: unknown flag --{flag}{_nearest(flag, candidates, '--') or '.'}")
         if not equals:
@@ -199,7 +199,8 @@ def _place(tree: dict[str, Any], path: list[str], value: Any) -> None:
         if isinstance(tree.get(part), str):  # a part that was given by its name alone
             tree[part] = {"name": tree[part]}
         tree = tree.setdefault(part, {})
-    tree[path[-1]] = value
+    known = tree.get(path[-1])
+    tree[path[-1]] = {**known, "name": value} if isinstance(known, dict) and isinstance(value, str) else value
 
 
 def _nearest(word: str, candidates: Sequence[str], prefix: str = "") -> str:
@@ -231,7 +232,7 @@ def load_recipe(path: Path | None, overrides: Mapping[str, Any] | None = None) -
         if not isinstance(tree, dict):
             raise ConfigError(f"recipe {path} holds a {type(tree).__name__}; it must be a mapping of sections.")
         tree.setdefault("name", path.stem)
-    tree = merged(rewritten(tree), rewritten(overrides or {}))
+    tree = rewritten(merged(rewritten(tree), overrides or {}), override=True)
     where = str(path or "configuration")
     load_plugins(named_plugins(tree.get("plugins")))
     try:

@@ -18,10 +18,17 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
-def merged(base: Any, over: Any) -> Any:
+#: Keys that hold a named part: another name takes none of the former part's parameters with it.
+PARTS = ("divergence",)
+
+
+def merged(base: Any, over: Any, key: str = "") -> Any:
     """Nested mappings laid over one another; parameters are laid over a part that was given by its name alone."""
-    if isinstance(over, Mapping) and isinstance(base, str) and "name" not in over:
-        base = {"name": base}
+    if key in PARTS and isinstance(over, Mapping):
+        base = {"name": base} if isinstance(base, str) else base
+        if "name" in over and isinstance(base, Mapping) and over["name"] != base.get("name"):
+            return over
     if isinstance(base, Mapping) and isinstance(over, Mapping):
-        return {key: merged(base.get(key), over[key]) if key in over else base[key] for key in {**base, **over}}
+        return {name: merged(base.get(name), over[name], name) if name in over else base[name]
+                for name in {**base, **over}}  # fmt: skip
     return over

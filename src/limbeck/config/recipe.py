@@ -222,7 +222,7 @@ class Recipe(Section):
     def _stage_loss(self, stage: Stage) -> LossConfig | None:
         """The loss of a stage; None when its keys are wrong, which `stage_recipe` reports by name."""
         try:
-            tree = rewritten({"loss": merged(self.loss.model_dump(exclude_unset=True), stage.loss)})
+            tree = rewritten({"loss": merged(self.loss.model_dump(exclude_unset=True), stage.loss)}, override=True)
             return LossConfig.model_validate(tree["loss"])
         except ValidationError:
             return None
@@ -266,7 +266,7 @@ class Recipe(Section):
     def _stage_tree(self, stage: Stage) -> dict[str, Any]:
         tree = self.model_dump(exclude_unset=True)
         for section in ("training", "optimizer", "loss", "dataset"):
-            tree[section] = merged(tree.get(section, {}), getattr(stage, section))
+            tree[section] = merged(tree.get(section, {}), getattr(stage, section), section)
         if stage.dataset and "packed_dir" not in stage.dataset:
             tree["dataset"]["packed_dir"] = None
         length = {"max_steps": stage.max_steps} if stage.max_steps else {"num_train_epochs": stage.num_epochs}
@@ -277,7 +277,7 @@ class Recipe(Section):
         tree.pop("stages", None)
         if stage.parameter_lr_multipliers is not None:
             tree["parameter_lr_multipliers"] = [rule.model_dump() for rule in stage.parameter_lr_multipliers]
-        return tree
+        return rewritten(tree, override=True)
 
     def without_teacher(self) -> "Recipe":
         """The same recipe trained with cross-entropy alone, in every stage."""

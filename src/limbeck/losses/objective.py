@@ -92,6 +92,8 @@ class Outputs:
 
 
 Metrics = Mapping[str, Tensor]
+#: Names in a log line that are not an objective's to give.
+RESERVED = ("tokens", "loss", "perplexity", "divergence", "grad_norm", "learning_rate", "epoch", "alpha", "temperature")
 
 
 class Objective(torch.nn.Module):
@@ -111,7 +113,8 @@ class Objective(torch.nn.Module):
     def forward(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, Metrics]:
         """The loss, a scalar as its part of the whole batch's mean, and metrics by name: sums over the positions here.
 
-        A metric of shape `[E]` is logged as NAME/000, NAME/001 and so on.
+        A metric of shape `[E]` is logged as NAME/000, NAME/001 and so on. Every micro-batch gives the same names, 0
+        where there is nothing: ranks add them up together.
         """
         raise NotImplementedError
 
@@ -160,7 +163,7 @@ class Objectives(torch.nn.Module):
         """Σ weight · loss, and everybody's metrics.
 
         Raises:
-            ConfigError: two objectives give one name to a metric.
+            ConfigError: two objectives give one name to a metric, or one gives a name that is the trainer's.
         """
         total = outputs.hidden.new_zeros((), dtype=torch.float32)
         metrics: dict[str, Tensor] = {}
@@ -168,6 +171,10 @@ class Objectives(torch.nn.Module):
             loss, measured = objective(outputs, batch)
             total = total + (loss if weight == 1.0 else weight * loss)
             for name, value in measured.items():
+                if name in RESERVED:
+                    raise ConfigError(
+                        f"{type(objective).__name__} measures {name!r}, which the trainer logs; rename it."
+                    )
                 if name in metrics:
                     raise ConfigError(
                         f"two objectives measure {name!r} ({type(objective).__name__} is one); rename it."

@@ -6,6 +6,7 @@ from typing import Any
 from limbeck.config import Recipe
 from limbeck.folders import StageFolder
 from limbeck.manifests import ExportManifest, StudentManifest
+from limbeck.plugins import plugin_identity
 from limbeck.registry import STAGES
 from limbeck.stages.base import Stage
 from limbeck.storage import read_json, write_json
@@ -28,6 +29,7 @@ class ExportStage(Stage):
         return {
             "student": StudentManifest.read(self.recipe.student_dir).weights,
             "formats": self.recipe.pipeline.export,
+            "plugins": plugin_identity(self.recipe.plugins),
             "settings": section.model_dump(mode="json", exclude={"input", "output", "verify_tokens"}),
         }
 

@@ -42,9 +42,10 @@ class PackStage(Stage):
 
     def made(self, later: Sequence[Stage]) -> None:
         """Tell before the training, not after it, that nothing is left to score on."""
-        recipe, manifest = self.recipe, PackedManifest.read(self.path)
+        recipe = self.recipe
         if not later or recipe.data_name or recipe.dataset.validation_fraction == 0.0:
             return
+        manifest = PackedManifest.read(self.path)
         if not manifest.splits["validation"].rows:
             message = (
                 f"none of the {manifest.documents} documents fell into the validation split "

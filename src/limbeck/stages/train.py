@@ -68,7 +68,7 @@ class TrainStage(Stage):
             raise ConfigError(
                 "no student: set student.model to pretrained weights or student.config to an architecture."
             )
-        if recipe.distils:
+        if recipe.distils and not recipe.teacher.reads_cache:
             check_endpoint(recipe)
         for tracker in recipe.training.report_to:
             if find_spec(tracker) is None:

@@ -78,9 +78,9 @@ def remote_identity(recipe: Recipe) -> dict[str, Any]:
             recipe.root.mkdir(parents=True, exist_ok=True)
             with FileLock(recipe.root / f".{_MEMORY}.lock"):  # ranks ask at once, and must agree on a name
                 held = _read(memory)
-                identity = _identity(facts, signature, held["signatures"] + _recorded(recipe))
-                if "signature" in identity and identity["signature"] not in held["signatures"]:
-                    held["signatures"].append(identity["signature"])
+                identity = _identity(facts, signature, held["portraits"] + _recorded(recipe))
+                if "portrait" in identity and identity["portrait"] not in held["portraits"]:
+                    held["portraits"].append(identity["portrait"])
                 held["endpoints"][key] = identity
                 write_json(memory, held)
         _ASKED[str(memory), key] = identity
@@ -89,7 +89,7 @@ def remote_identity(recipe: Recipe) -> dict[str, Any]:
 
 
 def _read(memory: Path) -> dict[str, Any]:
-    return dict(read_json(memory)) if memory.is_file() else {"endpoints": {}, "signatures": []}
+    return dict(read_json(memory)) if memory.is_file() else {"endpoints": {}, "portraits": []}
 
 
 def _recorded(recipe: Recipe) -> list[dict[str, Any]]:
@@ -98,8 +98,8 @@ def _recorded(recipe: Recipe) -> list[dict[str, Any]]:
     for folder in (recipe.cache_dir, recipe.student_dir):
         teacher = StageFolder(folder, "run", {}).recorded_inputs().get("teacher")
         who = teacher.get("teacher", teacher) if isinstance(teacher, dict) else None
-        if isinstance(who, dict) and isinstance(who.get("signature"), dict):
-            found.append(who["signature"])
+        if isinstance(who, dict) and isinstance(who.get("portrait"), dict):
+            found.append(who["portrait"])
     return found
 
 
@@ -132,4 +132,4 @@ def _identity(facts: Facts, signature: Signature | None, known: list[dict[str, A
         return {**told, "weights": facts.fingerprint}
     told["model"] = facts.model
     alike = (r for r in known if r["protocol"] == facts.protocol and same_signature(from_record(r), signature))
-    return {**told, "signature": next(alike, to_record(facts.protocol, signature))}
+    return {**told, "portrait": next(alike, to_record(facts.protocol, signature))}

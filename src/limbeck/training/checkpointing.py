@@ -127,7 +127,8 @@ class CheckpointingTrainer(Trainer):
 
     def _refuse_ruins(self) -> None:
         """Nothing is saved whose weights are not numbers."""
-        finite = all(bool(torch.isfinite(p.detach()).all()) for p in self.model.parameters())
+        held = [*self.model.parameters(), *self.objectives.parameters()]
+        finite = all(bool(torch.isfinite(p.detach()).all()) for p in held)
         step = self.state.global_step
         problem = None if finite else f"after step {step} the weights are not finite"
         if (problem := self._first_of_any_rank(problem)) is not None:

@@ -12,6 +12,8 @@ from typing import Any
 import psutil
 import torch
 
+from limbeck.errors import ConfigError
+
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 TOKENS = "tokens"
 
@@ -28,8 +30,16 @@ class StepMetrics:
         self._clock = time.perf_counter()
 
     def add(self, positions: torch.Tensor, metrics: Mapping[str, torch.Tensor]) -> None:
-        """Count one micro-batch: its positions, and sums over them by name."""
-        for name, value in {TOKENS: positions, **metrics}.items():
+        """Count one micro-batch: its positions, and sums over them by name.
+
+        Raises:
+            ConfigError: it has other names than the ones before.
+        """
+        found = {TOKENS: positions, **metrics}
+        if self._sums and self._sums.keys() != found.keys():
+            differ = ", ".join(sorted(self._sums.keys() ^ found.keys()))
+            raise ConfigError(f"objectives measured {differ} in one micro-batch and not in another; give 0 instead.")
+        for name, value in found.items():
             value = value.detach().double()
             known = self._sums.get(name)
             self._sums[name] = value if known is None else known.to(value.device) + value
@@ -86,6 +96,8 @@ class StepMetrics:
 
     def restore(self, state: dict[str, Any], *, main: bool) -> None:
         """Go on from a checkpoint; the main rank takes the sums of all."""
+        if isinstance(state.get("sums"), list):  # an earlier limbeck's, of fixed names
+            return
         self._sums = {
             name: torch.tensor(value, dtype=torch.float64) * (1.0 if main else 0.0) for name, value in state.items()
         }

@@ -14,7 +14,6 @@ import yaml
 from limbeck.config import Recipe
 from limbeck.console import say
 from limbeck.folders import INPUTS, MANIFEST, StageFolder
-from limbeck.optim.groups import OBJECTIVES
 from limbeck.storage import atomic_write_text, read_json
 from limbeck.training.checkpoints import (
     PROGRESS,
@@ -37,7 +36,7 @@ def begin(stage: StageFolder, recipe: Recipe, force: bool, groups: list[str]) ->
         stage: the folder and its inputs.
         recipe: whose `training.resume_from` and `training.resume` are followed.
         force: start over.
-        groups: names of this run's optimizer groups, without that of the objectives.
+        groups: names of this run's optimizer groups.
 
     Returns:
         the checkpoint to resume from, if any, and what changed against the folder's earlier inputs.
@@ -99,5 +98,5 @@ def require_groups(checkpoint: Path, groups: list[str]) -> None:
     """
     path = checkpoint / PROGRESS
     saved = read_json(path).get("groups") if path.is_file() else None
-    if saved is not None and [name for name in saved if name != OBJECTIVES] != groups:
+    if saved is not None and saved != groups:
         raise other_groups(checkpoint, saved, groups)

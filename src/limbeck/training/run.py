@@ -26,11 +26,13 @@ from limbeck.data.dataset import PackedDataset
 from limbeck.data.tokenizer import LoadedTokenizer, recipe_tokenizer
 from limbeck.errors import LimbeckError
 from limbeck.folders import StageFolder
+from limbeck.losses.objective import Context, Objectives
 from limbeck.manifests import StudentManifest
 from limbeck.models import embedded_vocab_size, model_identity, require_packing
-from limbeck.optim.groups import build_groups, describe_groups
+from limbeck.optim.groups import build_groups, describe_groups, objective_groups
 from limbeck.optim.schedules import schedule_arguments
 from limbeck.plugins import plugin_identity
+from limbeck.registry import DIVERGENCES
 from limbeck.storage import commit_folder, plain_disk_errors, read_json_lines, sha256_file
 from limbeck.students.build import build_student
 from limbeck.teachers.base import AsyncTeacher, Teacher
@@ -70,9 +72,13 @@ def train_inputs(recipe: Recipe, rows: PackedDataset, start: Path | None = None)
         "training": training,
         "parameter_lr_multipliers": [rule.model_dump() for rule in recipe.parameter_lr_multipliers],
         "seed": recipe.seed,
-        "loss": recipe.loss.model_dump(
-            mode="json", exclude={"chunk_size"}, include=None if recipe.distils else _WITHOUT_TEACHER
-        ),
+        "loss": {
+            **recipe.loss.model_dump(
+                mode="json", exclude={"chunk_size"}, include=None if recipe.distils else _WITHOUT_TEACHER
+            ),
+            # With its parameters, whether they were written or not.
+            **({"divergence": repr(DIVERGENCES.build(recipe.loss.divergence))} if recipe.distils else {}),
+        },
         "teacher": teacher_inputs(recipe),
         "plugins": plugin_identity(recipe.plugins),
     }
@@ -103,7 +109,7 @@ def train_one(recipe: Recipe, stage: StageFolder, start: Path | None, force: boo
             stack.callback(teacher.close)
         # Whatever is wrong with the student or its optimizer shows before anything is written.
         student = new_student(recipe, tokenizer, start, teacher)
-        groups = check_plan(recipe, student, rows)
+        groups = check_plan(recipe, student, rows, teacher)
         stack.enter_context(stage.lock() if ranks.rank() == 0 else contextlib.nullcontext())
         stack.enter_context(_plain_errors(folder))
         resume, changed = begin(stage, recipe, force, groups) if ranks.rank() == 0 else (None, None)
@@ -116,11 +122,15 @@ def train_one(recipe: Recipe, stage: StageFolder, start: Path | None, force: boo
         return _finish(trainer, stage, recipe)
 
 
-def check_plan(recipe: Recipe, student: Any, rows: PackedDataset) -> list[str]:
-    """Find out, before anything is trained, whether optimizer and schedule of a recipe can be; returns its groups.
+def check_plan(recipe: Recipe, student: Any, rows: PackedDataset, teacher: Teacher | None = None) -> list[str]:
+    """Find out, before anything is trained, whether objectives, optimizer and schedule of a recipe can be.
+
+    Returns:
+        the optimizer's groups.
 
     Raises:
-        ConfigError: a pattern matches nothing, an algorithm does not fit, or warm-up and decay exceed the run.
+        ConfigError: an objective cannot be made, a pattern matches nothing, an algorithm does not fit, or warm-up and
+            decay exceed the run.
     """
     training = recipe.training
     learns = [parameter.requires_grad for parameter in student.parameters()]
@@ -128,6 +138,10 @@ def check_plan(recipe: Recipe, student: Any, rows: PackedDataset) -> list[str]:
     groups = build_groups(student, recipe.optimizer, recipe.learning_rate, training.weight_decay, rules)
     for parameter, before in zip(student.parameters(), learns, strict=True):
         parameter.requires_grad_(before)
+    if teacher is not None or not recipe.distils:  # else it is not at hand yet
+        declared = teacher.temperatures if teacher is not None else ()
+        objectives = Objectives.of(Context(recipe.loss, student, teacher, declared))
+        groups += objective_groups(objectives, recipe.optimizer, recipe.learning_rate)
     batches = math.ceil(len(rows) / (training.per_device_train_batch_size * ranks.world_size()))
     updates = max(1, math.ceil(batches / training.gradient_accumulation_steps))
     total = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * updates)

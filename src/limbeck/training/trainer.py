@@ -277,6 +277,7 @@ class DistillationTrainer(CheckpointingTrainer):
             self.ternary.state.mix = 1.0  # what a checkpoint holds
         model = self.model_wrapped if self.model_wrapped is not None else self.model
         model.eval()
+        self._scores.eval()
         size, world = self.args.per_device_eval_batch_size, self.args.world_size
         count = len(dataset)
         for first in range(0, count, size * world):
@@ -295,6 +296,7 @@ class DistillationTrainer(CheckpointingTrainer):
             seen.add((inputs["labels"] != IGNORE).sum() * counts, found)
         _, means = seen.means(self._sum_over_ranks)
         model.train()
+        self._scores.train()
         loss = means.pop("ce_loss")
         metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
         if "kl_to_teacher" in means:
@@ -329,6 +331,7 @@ class DistillationTrainer(CheckpointingTrainer):
             self.optimizer = HybridOptimizer(groups)
         # Here too, because it may be the user's own: `optimizers=(…, None)`.
         check_groups(model or self.model, self.optimizer.param_groups)
+        check_groups(self.objectives, self.optimizer.param_groups)
         optimizer: torch.optim.Optimizer = self.optimizer
         return optimizer
 
@@ -366,6 +369,7 @@ class DistillationTrainer(CheckpointingTrainer):
     def probe_loss(self, rows: int) -> torch.Tensor:
         """The loss of the first `rows` training rows, written out so that it can be differentiated twice."""
         model = self.accelerator.unwrap_model(self.model).eval()
+        self.objectives.eval()
         items = [self.train_dataset[i] for i in range(min(rows, len(self.train_dataset)))]
         inputs = self._prepare_inputs(self.data_collator(items))
         packed = PackedRows.from_batch(inputs)
@@ -376,6 +380,7 @@ class DistillationTrainer(CheckpointingTrainer):
             **packed.to(self.args.device).model_inputs(self.args.attention), loss_request=request
         ).loss
         model.train()
+        self.objectives.train()
         return loss
 
     def _took(self, seconds: float) -> None:

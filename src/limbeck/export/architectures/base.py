@@ -91,8 +91,8 @@ class Architecture:
         writer.add_feed_forward_length(config.intermediate_size)
         writer.add_head_count(config.num_attention_heads)
         writer.add_head_count_kv(config.num_key_value_heads)
-        writer.add_key_length(config.head_dim)
-        writer.add_value_length(config.head_dim)
+        writer.add_key_length(self.head_width)
+        writer.add_value_length(self.head_width)
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
         writer.add_vocab_size(config.vocab_size)
         self._add_rope(writer)
@@ -105,7 +105,13 @@ class Architecture:
     @property
     def rotated(self) -> int:
         """Dimensions of a head that are rotated."""
-        return int(self.config.head_dim)
+        return self.head_width
+
+    @property
+    def head_width(self) -> int:
+        """Width of an attention head; not every config says it."""
+        config = self.config
+        return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
     def lookup(self, key: str) -> str:
         """GGUF's name of a runtime module.

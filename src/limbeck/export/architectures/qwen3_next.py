@@ -52,7 +52,7 @@ class Qwen3Next(WithExperts):
     @property
     def rotated(self) -> int:
         """Only a part of a head is rotated."""
-        width = self.config.head_dim
+        width = self.head_width
         rotated = int(width * self.rope.get("partial_rotary_factor", 1.0))
         if rotated % 2:
             raise LimbeckError(
