@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -14,12 +15,13 @@ from fastapi import FastAPI, Request
 from safetensors.torch import load_file
 
 from conftest import TINY, limbeck, loss_request, save_model, stopped_after, tiny_model
-from limbeck import LocalTeacher
+from limbeck import LocalTeacher, SparseTargets, fused_distillation_loss
 from limbeck.config import Recipe
 from limbeck.config.base import merged
 from limbeck.errors import ConfigError
 from limbeck.losses.objective import Batch, Objective, Objectives
 from limbeck.models import load_causal_lm
+from limbeck.optim.hybrid import ALGORITHMS
 from limbeck.pipeline import build_stages
 from limbeck.plugins import load_plugins, plugin_identity
 from limbeck.recipe import load_recipe, parse_flags
@@ -367,3 +369,32 @@ def test_two_ranks_train_an_objectives_parameters_as_one_process_does(packed, on
     (one,), (two,) = (load_file(tmp_path / name / "step_2" / FILE).values() for name in ("one", "two"))
     assert float(one.abs().max()) > 1e-5
     torch.testing.assert_close(one, two, atol=2e-5, rtol=1e-2)
+
+
+def choices(model, field):
+    """The names that a key's Literal allows."""
+    annotation = model.model_fields[field].annotation
+    found = get_args(annotation)
+    return {name for part in found for name in (get_args(part) or (part,)) if isinstance(name, str)}
+
+
+def test_what_a_key_allows_is_what_there_is():
+    """Tables that no plugin adds to are written out in the recipe's types too; here they are held together."""
+    from limbeck.config.recipe import ExportConfig
+    from limbeck.config.training import AlgorithmRule, LossConfig, OptimizerConfig, TrainingConfig
+    from limbeck.export.blocks import BLOCK_TYPES
+    from limbeck.export.packed import _DTYPES
+    from limbeck.optim.schedules import SCHEDULES
+
+    assert choices(TrainingConfig, "lr_scheduler_type") == set(SCHEDULES)
+    assert choices(ExportConfig, "type") == {"auto", "f16", *BLOCK_TYPES}
+    assert choices(ExportConfig, "rest") == set(_DTYPES)
+    assert choices(AlgorithmRule, "algorithm") == set(ALGORITHMS)
+    for name in choices(OptimizerConfig, "name"):
+        chosen = OptimizerConfig(name=name)
+        assert {chosen.for_matrices, chosen.for_others} <= set(ALGORITHMS)
+    for tail in choices(LossConfig, "tail"):
+        hidden, head = torch.randn(3, 4), torch.randn(9, 4)
+        targets = SparseTargets.from_logits(torch.randn(3, 9), 2, (1.0,))
+        loss = fused_distillation_loss(hidden, head, torch.tensor([1, 2, 3]), targets, temperature=1.0, tail=tail)
+        assert float(loss.divergence_sum) > 0
