@@ -181,7 +181,7 @@ def build_trainers(folder: Path, size: Size) -> dict[str, Trainer]:
 
     def ours(teacher, **changes):
         args = DistillationArguments(
-            **{**settings, **changes}, alpha=ALPHA, temperature=TAU, attention="packed", loss_chunk_size=None
+            **{**settings, **changes}, loss={"alpha": ALPHA, "temperature": TAU}, attention="packed"
         )
         return DistillationTrainer(model(size.student), args, teacher=teacher, train_dataset=rows)
 
