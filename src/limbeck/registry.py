@@ -42,10 +42,9 @@ class Choice(BaseModel):
 
     @model_serializer
     def _as_written(self) -> str | dict[str, Any]:
-        own = {key: getattr(self, key) for key in type(self).model_fields if key != "name"}
-        set_ = {key: value for key, value in own.items() if value != type(self).model_fields[key].default}
-        given = {**set_, **self.parameters}
-        return {"name": self.name, **given} if given else self.name
+        fields = type(self).model_fields.items()
+        own = {key: getattr(self, key) for key, field in fields if getattr(self, key) != field.default}
+        return own | self.parameters if own.keys() != {"name"} or self.parameters else self.name
 
     @property
     def parameters(self) -> dict[str, Any]:

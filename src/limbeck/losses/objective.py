@@ -129,12 +129,16 @@ class Objective(torch.nn.Module):
 
 @dataclass(frozen=True)
 class Context:
-    """What an objective may be made from: the recipe's section, student and teacher, the declared temperatures."""
+    """What an objective may be made from: the recipe's section, the student and the teacher."""
 
     loss: LossConfig
     student: Any = None
     teacher: Any = None
-    temperatures: tuple[float, ...] = ()
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """Those that the teacher declares; none without one."""
+        return tuple(self.teacher.temperatures) if self.teacher is not None else ()
 
 
 class Objectives(torch.nn.Module):

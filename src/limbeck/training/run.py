@@ -139,8 +139,7 @@ def check_plan(recipe: Recipe, student: Any, rows: PackedDataset, teacher: Teach
     for parameter, before in zip(student.parameters(), learns, strict=True):
         parameter.requires_grad_(before)
     if teacher is not None or not recipe.distils:  # else it is not at hand yet
-        declared = teacher.temperatures if teacher is not None else ()
-        objectives = Objectives.of(Context(recipe.loss, student, teacher, declared))
+        objectives = Objectives.of(Context(recipe.loss, student, teacher))
         groups += objective_groups(objectives, recipe.optimizer, recipe.learning_rate)
     batches = math.ceil(len(rows) / (training.per_device_train_batch_size * ranks.world_size()))
     updates = max(1, math.ceil(batches / training.gradient_accumulation_steps))

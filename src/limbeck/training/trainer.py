@@ -99,8 +99,7 @@ class DistillationTrainer(CheckpointingTrainer):
         attach_objectives(model)
         self.teacher = teacher
         self.eval_teacher = eval_teacher or (teacher if teacher is not None and not teacher.in_workers else None)
-        declared = teacher.temperatures if teacher is not None else ()
-        self.objectives = Objectives.of(Context(args.loss, model, teacher, declared))
+        self.objectives = Objectives.of(Context(args.loss, model, teacher))
         distillation = next(term for _, term in self.objectives.terms if isinstance(term, Distillation))
         self._scores = Objectives([*self.objectives.terms, (1.0, KLToTeacher(distillation))])
         self.metrics, self._guard = StepMetrics(), StepGuard()
