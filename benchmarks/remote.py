@@ -35,7 +35,7 @@ from limbeck import DistillationArguments, DistillationTrainer
 from limbeck.data.dataset import PackedRows
 from limbeck.targets.sparse import SparseTargets
 from limbeck.teachers.http import Reply
-from limbeck.teachers.protocols.base import Ask
+from limbeck.teachers.protocols.base import WireSpec
 from limbeck.teachers.protocols.vllm import VLLMProtocol
 from limbeck.teachers.remote import RemoteTeacher
 from limbeck.teachers.server.topk import topk_answer
@@ -285,8 +285,8 @@ def wire(server: Server, quick: bool) -> tuple[dict, dict[str, Comparison]]:
     document = vllm_json(exact)
     others = {name: len(content) / OTHERS for name, content in other_forms(exact).items()}
     logits = sum(len(part) for part in _logits_json(torch.randn(1, 2, LARGE_V), [2])) / 2
-    protocol, ask = VLLMProtocol(), Ask(K, (1.0,), LARGE_V)
-    query = protocol.query([[*rows.input_ids[0, :OTHERS].tolist(), 0]], ask)
+    protocol, spec = VLLMProtocol(), WireSpec(K, (1.0,), vocab_size=LARGE_V)
+    query = protocol.query([[*rows.input_ids[0, :OTHERS].tolist(), 0]], spec)
     answer = bytes(round(sizes["zstd"] * positions))
     found: dict[str, Repeats] = interleaved(
         {

@@ -23,7 +23,7 @@ from limbeck.config import LossConfig, TernaryConfig
 from limbeck.data.dataset import PackedRows
 from limbeck.export.gguf import GGUFExport
 from limbeck.export.packed import export_packed
-from limbeck.export.source import Source
+from limbeck.export.source import ExportSource
 from limbeck.losses.objective import Batch, Context, Objectives
 from limbeck.students.build import make_ternary
 from limbeck.training.head import LossRequest, attach_objectives
@@ -123,7 +123,7 @@ def sizes() -> dict[str, float]:
         new_model(True).save_pretrained(folder)
         byte_tokenizer(folder)
         checkpoint = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        packed = export_packed(Source.open(folder), Path(name) / "packed")
+        packed = export_packed(ExportSource.open(folder), Path(name) / "packed")
         written = GGUFExport(folder, "tq2_0").write(Path(name) / "student.gguf")
     return {
         "checkpoint_mb": checkpoint / 1e6,

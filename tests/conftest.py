@@ -125,6 +125,24 @@ def packed(recipe):
     return PackedDataset(recipe.packed_dir)
 
 
+def with_keys(recipe, **sections):
+    """The recipe with other keys, as a user would write them."""
+    from limbeck.config import Recipe
+    from limbeck.config.base import merged
+    from limbeck.config.moved import rewritten
+
+    tree = merged(recipe.model_dump(exclude_unset=True), rewritten(sections))
+    return Recipe.model_validate(tree)
+
+
+def remote_identity(recipe):
+    """Who answers at the recipe's endpoint."""
+    from limbeck.data.tokenizer import recipe_tokenizer
+    from limbeck.teachers.sources import RemoteSource
+
+    return RemoteSource.of(recipe).memory.identity(recipe_tokenizer(recipe))
+
+
 def limbeck(*arguments, check: bool = True, **kwargs) -> subprocess.CompletedProcess:
     """Run the command line in a process of its own."""
     command = [sys.executable, "-m", "limbeck", *map(str, arguments)]

@@ -56,7 +56,9 @@ def serving(settings, held=None):
 def limbeck_app(model, key=None, **limits):
     """Our server over a model folder, in float32."""
     recipe = Recipe.model_validate({"teacher": {"model": str(model), "dtype": "float32"}, "teacher_server": limits})
-    return create_app(load_served(recipe), recipe.teacher_server, key, max_batch_tokens=recipe.teacher.max_batch_tokens)
+    return create_app(
+        load_served(recipe.teacher, recipe.teacher_server), recipe.teacher_server, key, max_batch_tokens=8192
+    )
 
 
 def free_port():

@@ -14,7 +14,7 @@ from conftest import limbeck, tiny_model
 from limbeck import DistillationTrainer
 from limbeck.errors import ConfigError, CorruptError, LimbeckError
 from limbeck.training import checkpoints
-from limbeck.training.phases import train
+from limbeck.training.phases import train_recipe
 from test_trainer import arguments, weights, with_changes
 
 
@@ -26,7 +26,7 @@ def saving(packed, folder, steps=4, every=1, **changes):
 def test_names_pointer_sizes_and_tokenizer(recipe_tree, packed, tmp_path, caplog):
     caplog.set_level("INFO", "limbeck")
     training = {**recipe_tree["training"], "mode": "ce", "save_steps": 2, "eval_steps": 2}
-    train(with_changes(recipe_tree, training=training), tmp_path / "student")
+    train_recipe(with_changes(recipe_tree, training=training), tmp_path / "student")
     folder = tmp_path / "student"
     assert checkpoints.steps(folder) == [2, 4]
     assert (folder / "latest").read_text() == "step_4\n"
@@ -152,7 +152,7 @@ def test_a_full_file_system(recipe_tree, packed, tmp_path):
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
     whole = with_changes(recipe_tree, training={**recipe_tree["training"], "mode": "ce"})
-    train(whole, tmp_path / "whole")
+    train_recipe(whole, tmp_path / "whole")
     expected = load_file(tmp_path / "whole" / "final" / "model.safetensors")
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
@@ -174,14 +174,14 @@ def test_changed_settings_hold_after_resuming_from(recipe_tree, packed, tmp_path
     """The saved optimizer brings its moments; rates, decays and the schedule are the new recipe's."""
     base = {**recipe_tree["training"], "mode": "ce", "save_steps": 1, "save_total_limit": None,
             "lr_scheduler_type": "constant"}  # fmt: skip
-    train(with_changes(recipe_tree, training={**base, "max_steps": 2}), tmp_path / "first")
+    train_recipe(with_changes(recipe_tree, training={**base, "max_steps": 2}), tmp_path / "first")
     start = load_file(tmp_path / "first" / "step_2" / "model.safetensors")["model.norm.weight"]
     moved = {}
     for rate in (1e-4, 1e-2):
         changed = {**base, "max_steps": 3, "learning_rate": rate, "weight_decay": 0.25,
                    "resume_from": str(tmp_path / "first")}  # fmt: skip
         folder = tmp_path / f"at{rate}"
-        train(with_changes(recipe_tree, training=changed), folder)
+        train_recipe(with_changes(recipe_tree, training=changed), folder)
         found = load_file(folder / "final" / "model.safetensors")["model.norm.weight"]
         moved[rate] = float((found - start).abs().mean())
         state = json.loads((folder / "step_3" / "trainer_state.json").read_text())
@@ -194,13 +194,13 @@ def test_changed_settings_hold_after_resuming_from(recipe_tree, packed, tmp_path
 
 def test_other_groups_are_refused_by_name(recipe_tree, packed, tmp_path):
     base = {**recipe_tree["training"], "mode": "ce", "max_steps": 2}
-    train(with_changes(recipe_tree, training=base), tmp_path / "first")
+    train_recipe(with_changes(recipe_tree, training=base), tmp_path / "first")
     changed = {**base, "max_steps": 3, "resume_from": str(tmp_path / "first")}
     for changes in ({"optimizer": {"name": "lion"}},
                     {"parameter_lr_multipliers": [{"pattern": "mlp", "lr_multiplier": 0.5}]}):  # fmt: skip
         recipe = with_changes(recipe_tree, training=changed, **changes)
         with pytest.raises(ConfigError, match=r"optimizer groups.*student\.model"):
-            train(recipe, tmp_path / "second")
+            train_recipe(recipe, tmp_path / "second")
 
 
 def test_unlogged_sums_survive_a_resume(packed, tmp_path):
@@ -222,15 +222,15 @@ def test_unlogged_sums_survive_a_resume(packed, tmp_path):
 def test_a_start_that_cannot_be_is_refused_before_anything_is_touched(recipe_tree, packed, tmp_path):
     base = {**recipe_tree["training"], "mode": "ce", "save_steps": 1, "save_total_limit": None, "eval_steps": 1}
     folder = tmp_path / "student"
-    train(with_changes(recipe_tree, training=base), folder)
+    train_recipe(with_changes(recipe_tree, training=base), folder)
     before = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
     changed = {**base, "resume_from": str(folder / "step_2")}
     for changes in ({"optimizer": {"name": "lion"}}, {"training": {**changed, "warmup_steps": 50}}):
         recipe = with_changes(recipe_tree, **{"training": changed, **changes})
         with pytest.raises(ConfigError):
-            train(recipe, folder)
+            train_recipe(recipe, folder)
     assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) == before
-    assert train(with_changes(recipe_tree, training=base), folder).steps == 4  # found done
+    assert train_recipe(with_changes(recipe_tree, training=base), folder).steps == 4  # found done
 
 
 @pytest.mark.parametrize("moment", ["forget_after", "save"])
@@ -242,7 +242,7 @@ def test_a_change_of_mode_survives_a_kill_anywhere(recipe_tree, packed, tmp_path
     results = {}
     for name in ("whole", "cut"):
         folder = tmp_path / name
-        train(with_changes(recipe_tree, training=base), folder)
+        train_recipe(with_changes(recipe_tree, training=base), folder)
         recipe = with_changes(
             recipe_tree, training={**kd, "resume_from": str(folder / "step_2")}, loss=loss,
             teacher={"use_cached_logits": False},
@@ -254,8 +254,8 @@ def test_a_change_of_mode_survives_a_kill_anywhere(recipe_tree, packed, tmp_path
                 else:
                     patch.setattr(DistillationTrainer, "_save_checkpoint", _saves_and_dies)
                 with pytest.raises(KeyboardInterrupt):
-                    train(recipe, folder)
-        manifest = train(recipe, folder)
+                    train_recipe(recipe, folder)
+        manifest = train_recipe(recipe, folder)
         assert manifest.steps == 6
         logs = json.loads((folder / "step_6" / "trainer_state.json").read_text())["log_history"]
         results[name] = (

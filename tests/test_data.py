@@ -161,10 +161,7 @@ def test_other_tokenizers_and_lengths_are_refused(corpus, tokenizer, tmp_path):
     rows = PackedDataset(tmp_path / "out")
     with pytest.raises(MismatchError, match="rows of 32 tokens and dataset.max_length is 64"):
         rows.check(max_length=64)
-    from limbeck.config import Recipe
-
-    recipe = Recipe.model_validate({"dataset": {"name": str(corpus)}, "tokenizer": {"train_vocab_size": 300}})
-    other = train_tokenizer(recipe, tmp_path / "tokenizer")
+    other = train_tokenizer(config(corpus), 300, tmp_path / "tokenizer")
     with pytest.raises(MismatchError, match="tokenizer"):
         rows.check(other)
 

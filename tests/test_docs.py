@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from limbeck.cli import _SUBCOMMANDS
+from limbeck.config.moved import EARLIER
 from limbeck.recipe import ALIASES, keys, load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -60,6 +61,7 @@ def test_commands_and_flags_exist(page):
         "json",
         "help",
         "pretrain_ce_only",
+        *EARLIER,
     }
     for sub in _SUBCOMMANDS.values():
         known |= {name.replace("-", "_") for name in (*sub.switches, *sub.aliases)}

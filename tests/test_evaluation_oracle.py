@@ -18,7 +18,7 @@ from limbeck.config import Recipe
 from limbeck.data.dataset import PackedDataset, PackedRows
 from limbeck.data.pack import pack
 from limbeck.data.tokenizer import load_tokenizer
-from limbeck.evaluation.fidelity import evaluate
+from limbeck.evaluation.fidelity import score_model
 from limbeck.teachers.local import LocalTeacher
 
 #: What a model may do to its logits: nothing, cap them, scale them, add a bias to them; and how large they are made.
@@ -137,6 +137,10 @@ def assert_scores(found, wanted, rel=2e-5):
 
 
 @functools.cache
+def taught(teacher, attention="per_document"):
+    return LocalTeacher(teacher, attention=attention, vocab_size=len(lengths()))
+
+
 def lengths():
     return load_tokenizer(TOKENIZER).byte_lengths()
 
@@ -175,7 +179,7 @@ def test_scores_are_brute_force_over_documents(rows, name, attention):
     model = model_of(name)
     wanted = scores_of(model, rows, attention=attention)
     for batch_size in (1, 3, 64):
-        found = evaluate(model, rows, lengths(), attention=attention, batch_size=batch_size)
+        found = score_model(model, rows, lengths(), attention=attention, batch_size=batch_size)
         assert_scores(found, wanted)
         assert found.tokens_per_second > 0
         assert found.kl_to_teacher is None
@@ -205,24 +209,32 @@ def test_fidelity_is_brute_force_over_the_whole_vocabulary(rows, teacher, name, 
     assert wanted["kl_to_teacher"] > 0.01
     assert wanted["teacher_mass"] != pytest.approx(wanted["student_mass"], rel=1e-3)
     for batch_size in (2, 64):
-        found = evaluate(
-            model, rows, lengths(), teacher=teacher, top_k=top_k, attention=attention, batch_size=batch_size
+        found = score_model(
+            model,
+            rows,
+            lengths(),
+            teacher=taught(teacher, attention),
+            top_k=top_k,
+            attention=attention,
+            batch_size=batch_size,
         )
         assert_scores(found, wanted)
 
 
 def test_a_model_beside_itself(rows, teacher):
     """KL 0, full agreement, equal masses; and all the mass on as many ids as there are."""
-    same = evaluate(teacher, rows, lengths(), teacher=teacher, top_k=3)
+    same = score_model(teacher, rows, lengths(), teacher=taught(teacher), top_k=3)
     wanted = scores_of(teacher, rows, teacher=teacher, top_k=3)
     assert (same.kl_to_teacher, same.top1_agreement) == (pytest.approx(0.0, abs=1e-7), 1.0)
     assert same.teacher_mass == same.student_mass == pytest.approx(wanted["teacher_mass"], rel=2e-5)
-    assert evaluate(teacher, rows, lengths(), teacher=teacher, top_k=9999).teacher_mass == pytest.approx(1.0, abs=1e-5)
+    assert score_model(teacher, rows, lengths(), teacher=taught(teacher), top_k=9999).teacher_mass == pytest.approx(
+        1.0, abs=1e-5
+    )
 
 
 def test_sixty_four_ids_and_documents_apart_unless_told_otherwise(rows, teacher):
     wanted = scores_of(model_of("llama"), rows, teacher=teacher, top_k=64)
-    assert_scores(evaluate(model_of("llama"), rows, lengths(), teacher=teacher), wanted)
+    assert_scores(score_model(model_of("llama"), rows, lengths(), teacher=taught(teacher)), wanted)
 
 
 def test_a_model_that_is_sure_and_wrong_is_scored_in_full(rows, teacher):
@@ -232,7 +244,7 @@ def test_a_model_that_is_sure_and_wrong_is_scored_in_full(rows, teacher):
         model.get_input_embeddings().weight.mul_(1000.0)
     wanted = scores_of(model, rows, teacher=teacher)
     assert wanted["kl_to_teacher"] > 120
-    found = evaluate(model, rows, lengths(), teacher=teacher)
+    found = score_model(model, rows, lengths(), teacher=taught(teacher))
     assert found.loss == pytest.approx(wanted["loss"], rel=1e-5)
     assert found.kl_to_teacher == pytest.approx(wanted["kl_to_teacher"], rel=1e-5)
 
@@ -264,6 +276,6 @@ def test_a_local_teachers_targets_are_the_documents_read_alone(rows, name, atten
 
 def test_dropout_has_no_part_in_a_score(rows):
     model = tiny_model(attention_dropout=0.5).train()
-    found = evaluate(model, rows, lengths())
+    found = score_model(model, rows, lengths())
     assert not model.training
     assert_scores(found, scores_of(tiny_model(), rows))

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from conftest import limbeck, save_model, tiny_model
 from limbeck.config import TernaryConfig
 from limbeck.errors import LimbeckError
-from limbeck.export.blocks import BLOCK_TYPES, decode, encode
+from limbeck.export.blocks import BLOCK_TYPES, decode_blocks, encode_blocks
 from limbeck.export.disk import DiskTensors
 from limbeck.export.gguf import GGUFExport
 from limbeck.export.inspect import inspect_gguf
 from limbeck.export.packed import export_packed, verify_packed
-from limbeck.export.source import Source, model_folder
+from limbeck.export.source import ExportSource, model_folder
 from limbeck.export.verify import weights_equal
 from limbeck.export.vocabulary import splitting_rule
 from limbeck.students.build import make_ternary
@@ -58,9 +58,9 @@ def test_blocks_hold_codes_and_scales_exactly(kind, rows, blocks, seed):
     codes[0, :256] = 0  # an empty group keeps its scale in the bytes
     scales = torch.rand(rows, blocks, generator=generator).half()
     tensor = TernaryTensor(codes, scales)
-    data = encode(tensor, kind)
+    data = encode_blocks(tensor, kind)
     assert data.shape == (rows, columns // kind.columns * kind.bytes)
-    assert np.array_equal(decode(data, kind, columns), tensor.dequantise().numpy())
+    assert np.array_equal(decode_blocks(data, kind, columns), tensor.dequantise().numpy())
     d = data.reshape(rows, -1, kind.bytes)
     halves = d[..., -2:] if kind.name.startswith("tq") else d[..., :2]
     stored = torch.from_numpy(halves.copy().view(np.float16)[..., 0])
@@ -70,12 +70,14 @@ def test_blocks_hold_codes_and_scales_exactly(kind, rows, blocks, seed):
 def test_bytes_of_a_block_are_as_documented():
     codes = torch.zeros(1, 64, dtype=torch.int8)
     codes[0, 1], codes[0, 6] = 1, -1
-    data = encode(TernaryTensor(codes, torch.tensor([[2.0]]).half()), BLOCK_TYPES["q2_0"])
+    data = encode_blocks(TernaryTensor(codes, torch.tensor([[2.0]]).half()), BLOCK_TYPES["q2_0"])
     assert data[0, :2].tobytes() == np.float16(2.0).tobytes()
     assert data[0, 2] == 0b01_01_10_01
     assert data[0, 3] == 0b01_00_01_01
     with pytest.raises(LimbeckError, match="groups of 64 are no multiple of tq2_0's block of 256"):
-        encode(TernaryTensor(torch.zeros(1, 256, dtype=torch.int8), torch.ones(1, 4).half()), BLOCK_TYPES["tq2_0"])
+        encode_blocks(
+            TernaryTensor(torch.zeros(1, 256, dtype=torch.int8), torch.ones(1, 4).half()), BLOCK_TYPES["tq2_0"]
+        )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -182,7 +184,7 @@ def test_splitting_rules():
 @pytest.mark.parametrize("shape", ["llama", "qwen3moe", "qwen3next"])
 def test_a_packed_checkpoint_loads_with_training_codes(tmp_path, shape):
     folder = ternary_folder(tmp_path, shape, group=128)
-    source = Source.open(folder)
+    source = ExportSource.open(folder)
     found = export_packed(source, tmp_path / "packed", "f32")
     assert found["bits_per_ternary_weight"] == pytest.approx(2.125)
     assert verify_packed(source, tmp_path / "packed")
@@ -194,13 +196,13 @@ def test_a_packed_checkpoint_loads_with_training_codes(tmp_path, shape):
         found, wanted = packed(input_ids=ids).logits, source.model(input_ids=ids).logits
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     with pytest.raises(LimbeckError, match="is packed already"):
-        Source.open(tmp_path / "packed")
+        ExportSource.open(tmp_path / "packed")
 
 
 @pytest.mark.parametrize(("shape", "tied"), [("llama", True), ("llama", False), ("qwen3moe", True)])
 def test_the_rest_may_be_float8(tmp_path, shape, tied):
     folder = ternary_folder(tmp_path, shape, group=128, tie_word_embeddings=tied)
-    source = Source.open(folder)
+    source = ExportSource.open(folder)
     half = export_packed(source, tmp_path / "half", "bf16")
     small = export_packed(source, tmp_path / "small", "fp8")
     assert small["bytes"] < 0.7 * half["bytes"]

@@ -30,7 +30,7 @@ from limbeck.stages.train import TrainStage
 from limbeck.training.head import LossRequest, attach_objectives
 from limbeck.training.metrics import StepMetrics
 from limbeck.training.own_parameters import FILE
-from limbeck.training.phases import train
+from limbeck.training.phases import train_recipe
 from serving import running
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -105,12 +105,12 @@ def test_parameters_of_an_objective_are_trained_saved_and_resumed(recipe_tree, p
     load_plugins(own["plugins"])
     tree = merged({**recipe_tree, "training": {**recipe_tree["training"], "mode": "ce", "save_steps": 2}}, own)
     recipe = Recipe.model_validate(tree)
-    train(recipe, tmp_path / "whole")
+    train_recipe(recipe, tmp_path / "whole")
     with stopped_after(1):
-        train(recipe, tmp_path / "cut")
+        train_recipe(recipe, tmp_path / "cut")
     (points,) = load_file(tmp_path / "cut" / "step_2" / FILE).values()
     assert float(points.abs().max()) > 0
-    train(recipe, tmp_path / "cut")
+    train_recipe(recipe, tmp_path / "cut")
     for file in (f"step_4/{FILE}", "final/model.safetensors", "step_4/optimizer.pt"):
         assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
     assert not (tmp_path / "whole" / "final" / FILE).exists()
@@ -183,10 +183,10 @@ def test_a_protocol_from_outside_teaches(recipe_tree, teacher_folder, packed, on
         section = {**recipe_tree["teacher"], **own["teacher"], "endpoint": [url]}
         tree = {**recipe_tree, "loss": own["loss"], "teacher": section}
         from limbeck.data.tokenizer import recipe_tokenizer
-        from limbeck.teachers.choose import open_remote
+        from limbeck.teachers.sources import RemoteSource
 
         recipe = Recipe.model_validate(tree)
-        teacher = open_remote(recipe, recipe_tokenizer(recipe))
+        teacher = RemoteSource.of(recipe).open(recipe_tokenizer(recipe))
         rows = packed.rows([0, 1, 2])
         found = teacher.targets(rows)
         teacher.close()

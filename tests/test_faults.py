@@ -25,8 +25,8 @@ from limbeck.errors import ConfigError, CorruptError, LimbeckError
 from limbeck.export.inspect import inspect_gguf
 from limbeck.recipe import load_recipe
 from limbeck.storage import commit_folder, plain_disk_errors, read_json
-from limbeck.targets.store import TeacherCache
 from limbeck.teachers.build_cache import build_cache
+from limbeck.teachers.cached import TeacherCache
 
 # -- manifests ----------------------------------------------------------------------------------------------
 
@@ -434,7 +434,7 @@ def test_a_run_stays_in_its_folder(name):
 
 
 def test_rows_without_a_score_are_said_and_rows_without_bytes_have_no_bits(recipe, packed):
-    from limbeck.evaluation.fidelity import evaluate
+    from limbeck.evaluation.fidelity import score_model
 
     class Rows:
         def __init__(self, rows):
@@ -450,8 +450,8 @@ def test_rows_without_a_score_are_said_and_rows_without_bytes_have_no_bits(recip
     lengths = np.ones(4096, dtype=np.int64)
     alone = type(batch)(batch.row_ids, batch.input_ids, torch.arange(64).reshape(2, 32))
     with pytest.raises(LimbeckError, match="none of the 2 held-out rows has a position to score"):
-        evaluate(tiny_model(), Rows(alone), lengths)
-    scores = evaluate(tiny_model(), Rows(batch), np.zeros(4096, dtype=np.int64))
+        score_model(tiny_model(), Rows(alone), lengths)
+    scores = score_model(tiny_model(), Rows(batch), np.zeros(4096, dtype=np.int64))
     assert scores.bits_per_byte is None
     assert scores.loss > 0
 

@@ -25,8 +25,8 @@ from limbeck.data.dataset import PackedRows
 from limbeck.models import load_causal_lm
 from limbeck.targets.sparse import SparseTargets
 from limbeck.targets.wire import decode_targets, encode_targets, request_hash
+from limbeck.teachers.bodies import BodyReader, DamagedError, TooLargeError, zstd
 from limbeck.teachers.check import check_targets
-from limbeck.teachers.compression import BodyReader, DamagedError, TooLargeError, zstd
 from limbeck.teachers.http import LostError, RefusedError, TeacherClient, WrongAnswerError
 from limbeck.teachers.local import LocalTeacher
 from limbeck.teachers.remote import RemoteTeacher

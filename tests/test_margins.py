@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import TINY, save_model, tiny_model
+from conftest import TINY, save_model, tiny_model, with_keys
 from limbeck import SparseTargets, TeacherCache
 from limbeck.config import LossConfig, Recipe, TernaryConfig
 from limbeck.evaluation import fidelity
@@ -16,7 +16,7 @@ from limbeck.export.disk import DiskTensors
 from limbeck.export.gguf import GGUFExport
 from limbeck.export.packed import export_packed
 from limbeck.export.run import export_student
-from limbeck.export.source import Source
+from limbeck.export.source import ExportSource
 from limbeck.losses.objectives import Distillation
 from limbeck.students.build import make_ternary
 from limbeck.targets.codec import CodecSpec, decode, encode
@@ -77,13 +77,13 @@ def test_an_export_says_sizes_and_checks_when_asked(tmp_path):
     make_ternary(model, TernaryConfig(group_size=32))
     folder = save_model(model, tmp_path / "run" / "final")
     recipe = Recipe.model_validate({"export": {"input": str(tmp_path / "run"), "output": str(tmp_path / "m.gguf")}})
-    plain, checked = export_student(recipe), export_student(recipe, verify=True)
+    plain, checked = (export_student(recipe.export, tmp_path / "run", "run", verify=verify) for verify in (False, True))
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     assert plain["checkpoint_mb"] == pytest.approx(size / 1e6)
     assert plain["gguf_mb"] == pytest.approx((tmp_path / "m.gguf").stat().st_size / 1e6)
     assert "weights_equal" not in plain
     assert checked["weights_equal"] is True
-    export_packed(Source.open(folder), tmp_path / "packed", "f32")
+    export_packed(ExportSource.open(folder), tmp_path / "packed", "f32")
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "packed" / name).read_bytes() == (folder / name).read_bytes()
 
@@ -95,8 +95,7 @@ def test_a_finished_folder_holds_what_is_documented(packed):
 
 @pytest.mark.parametrize(("compression", "filter_"), [("gzip", "gzip"), ("none", None)])
 def test_sections_are_compressed_as_asked(recipe, packed, compression, filter_):
-    teacher = recipe.teacher.model_copy(update={"compression": compression})
-    build_cache(recipe.model_copy(update={"teacher": teacher}), recipe.cache_dir)
+    build_cache(with_keys(recipe, teacher={"compression": compression}), recipe.cache_dir)
     assert len(TeacherCache(recipe.cache_dir)) == len(packed)
     with h5py.File(next(recipe.cache_dir.glob("train-*.h5"))) as file:
         assert {file[name].compression for name in file} == {filter_}
@@ -154,7 +153,7 @@ def test_metrics_are_sums_over_positions_whatever_their_shape():
 def test_throughput_counts_the_time_in_the_model(packed, monkeypatch):
     calls = []
     monkeypatch.setattr(fidelity, "_now", lambda model: calls.append(0) or float(len(calls)))
-    found = fidelity.evaluate(tiny_model(), packed, np.ones(4096, dtype=np.int64), batch_size=16)
+    found = fidelity.score_model(tiny_model(), packed, np.ones(4096, dtype=np.int64), batch_size=16)
     assert found.tokens_per_second == pytest.approx(found.tokens / (len(calls) / 2))
 
 

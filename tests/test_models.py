@@ -8,6 +8,7 @@ from conftest import limbeck, save_model, tiny_model
 from limbeck import DistillationTrainer, LocalTeacher
 from limbeck.errors import ConfigError, LimbeckError
 from limbeck.models import OutputHead, keeps_documents_apart, load_causal_lm, verified_transform
+from limbeck.targets.spec import TargetSpec
 from test_optim import EXPERTS
 from test_trainer import arguments
 
@@ -53,7 +54,7 @@ def test_students_and_teachers_from_python_are_asked_too(packed, tmp_path):
         LocalTeacher(mamba, top_k=4)
     teacher = LocalTeacher(mamba, top_k=4, attention="packed")
     with pytest.raises(ConfigError, match="does not keep"):
-        teacher.asking(top_k=4, temperatures=(1.0,), attention="per_document")
+        teacher.with_spec(TargetSpec(4, (1.0,)))
 
 
 @pytest.mark.parametrize(

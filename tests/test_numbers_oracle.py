@@ -12,9 +12,9 @@ import torch
 from conftest import rules, tiny_model
 from limbeck.config import OptimizerConfig
 from limbeck.errors import ConfigError
-from limbeck.optim.groups import build_groups, hidden_matrices
+from limbeck.models import MatrixLayout, hidden_matrices
+from limbeck.optim.groups import build_groups
 from limbeck.optim.hybrid import HybridOptimizer
-from limbeck.optim.muon import MatrixLayout
 from limbeck.optim.schedules import Ramp
 from limbeck.students.quantizer import to_float8
 from limbeck.students.ternary import TernaryLinear, TernaryState, apply_ternary, quantise, round_activations

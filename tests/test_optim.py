@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from conftest import loss_request, rules, tiny_model
 from limbeck.config import OptimizerConfig
 from limbeck.errors import ConfigError
-from limbeck.optim.groups import _is_transposed, build_groups, check_groups, describe_groups, hidden_matrices
+from limbeck.models import MatrixLayout, hidden_matrices
+from limbeck.models.structure import _is_transposed
+from limbeck.optim.groups import build_groups, check_groups, describe_groups
 from limbeck.optim.hybrid import HybridOptimizer
-from limbeck.optim.muon import MatrixLayout, orthogonalise
+from limbeck.optim.muon import orthogonalise
 from limbeck.optim.schedules import Ramp, build_schedule, schedule_arguments
 
 EXPERTS = {

@@ -7,10 +7,11 @@ import torch
 
 from conftest import tiny_model
 from limbeck import DistillationArguments, DistillationTrainer, LocalTeacher
+from limbeck.teachers.base import Teacher
 from limbeck.training.prefetch import PENDING, TargetsAhead
 
 
-class Elsewhere:
+class Elsewhere(Teacher):
     """A local teacher in a thread, as a remote one looks to the trainer."""
 
     in_workers = False

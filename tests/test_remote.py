@@ -8,7 +8,7 @@ import pytest
 import torch
 from fastapi import FastAPI, Request
 
-from conftest import tiny_model
+from conftest import remote_identity, tiny_model, with_keys
 from limbeck import LocalTeacher, TeacherCache
 from limbeck.config import Recipe, SamplingConfig
 from limbeck.data.dataset import PackedRows
@@ -17,7 +17,7 @@ from limbeck.models import load_causal_lm
 from limbeck.targets.sparse import SparseTargets
 from limbeck.targets.tail import estimate_log_z
 from limbeck.targets.wire import decode_targets, encode_targets
-from limbeck.teachers.base import AsyncTeacher, Teacher
+from limbeck.teachers.base import Teacher
 from limbeck.teachers.check import check_targets
 from limbeck.teachers.http import RefusedError, UnreachableError, WrongAnswerError
 from limbeck.teachers.remote import RemoteTeacher
@@ -142,9 +142,9 @@ def test_the_tail_estimate_is_exact_for_power_laws_and_close_for_models(model, r
 def test_limbeck_targets_are_the_local_ones_to_the_bit(model, ours, rows, attention):
     remote = RemoteTeacher.connect([ours], top_k=16, temperatures=TAUS, attention=attention, full=True)
     assert isinstance(remote, Teacher)
-    assert isinstance(remote, AsyncTeacher)
+    assert remote.ahead == 8
     try:
-        assert remote.facts.protocol == "limbeck"
+        assert remote.info.protocol == "limbeck"
         a, b = canonical(local(model, attention=attention).targets(rows)), canonical(remote.targets(rows))
         assert all(torch.equal(a.tensors()[name], b.tensors()[name]) for name in a.tensors())
         student = tiny_model(seed=1)
@@ -192,7 +192,7 @@ def test_every_protocol_gives_the_local_loss(model, urls, rows, name, tau):
         settings["approximate"] = True
     remote = RemoteTeacher.connect([urls[name]], protocol=protocol, **settings)
     try:
-        assert remote.facts.protocol == name
+        assert remote.info.protocol == name
         student = tiny_model(seed=1)
         attach_objectives(student)
         theirs = loss_of(student, rows, remote.targets(rows), tau)
@@ -212,8 +212,7 @@ def test_cached_over_http_is_cached_locally(recipe, packed, ours, teacher_folder
     from limbeck.teachers.build_cache import build_cache
 
     own = build_cache(recipe, tmp_path / "local")
-    section = recipe.teacher.model_copy(update={"endpoint": [ours, ours], "logprobs": "float32"})
-    remote = recipe.model_copy(update={"teacher": section})
+    remote = with_keys(recipe, teacher={"endpoint": [ours, ours], "logprobs": "float32"})
     theirs = build_cache(remote, tmp_path / "remote")
     a, b = TeacherCache(tmp_path / "local"), TeacherCache(tmp_path / "remote")
     assert len(a) == len(b) > 20
@@ -229,7 +228,6 @@ def test_cached_over_http_is_cached_locally(recipe, packed, ours, teacher_folder
 def test_a_model_that_nothing_tells_from_another_is_refused(ours, recipe_tree, monkeypatch):
     """Neither a fingerprint nor a signature: an exchanged teacher would pass, and caches would be taken for others."""
     from limbeck.registry import PROTOCOLS
-    from limbeck.teachers.identity import remote_identity
     from limbeck.teachers.protocols.limbeck import LimbeckProtocol
 
     class Nameless(LimbeckProtocol):
@@ -261,11 +259,10 @@ def test_a_k_beyond_the_servers_limit_names_both(model, rows):
 
 
 def test_another_tokenizer_is_refused(ours, corpus, tmp_path):
-    from limbeck.config import Recipe
+    from limbeck.config import DatasetConfig
     from limbeck.data.tokenizer import train_tokenizer
 
-    tree = {"dataset": {"name": str(corpus)}, "tokenizer": {"train_vocab_size": 300}}
-    other = train_tokenizer(Recipe.model_validate(tree), tmp_path / "other")
+    other = train_tokenizer(DatasetConfig(name=str(corpus)), 300, tmp_path / "other")
     with pytest.raises(LimbeckError, match="was made with tokenizer|same tokenizer"):
         RemoteTeacher.connect([ours], tokenizer=other)
 
@@ -322,10 +319,10 @@ def test_impossible_answers_are_refused(changes, message):
 )
 def test_answers_of_another_shape_are_refused(sent):
     from limbeck.teachers.http import Reply
-    from limbeck.teachers.protocols.base import Ask
+    from limbeck.teachers.protocols.base import WireSpec
     from limbeck.teachers.protocols.vllm import VLLMProtocol
 
-    query = VLLMProtocol().query([[1, 2, 3]], Ask(4, (1.0,), 100))
+    query = VLLMProtocol().query([[1, 2, 3]], WireSpec(4, (1.0,), vocab_size=100))
     with pytest.raises(WrongAnswerError):
         query.parse(Reply(200, {}, sent.encode()))
     with pytest.raises(CorruptError):
@@ -373,7 +370,7 @@ def test_recipes_that_contradict_themselves_are_refused():
         with pytest.raises(ValueError, match=message):
             Recipe.model_validate({"teacher": teacher})
     recipe = Recipe.model_validate({"teacher": {"endpoint": "http://a:1/, http://b:2"}})
-    assert recipe.teacher.endpoint == ["http://a:1", "http://b:2"]
+    assert recipe.teacher.remote.endpoint == ["http://a:1", "http://b:2"]
     assert recipe.teacher.is_remote
     assert not recipe.teacher.reads_cache
 

@@ -9,12 +9,13 @@ import torch
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from conftest import limbeck, tiny_model
+from conftest import limbeck, remote_identity, tiny_model
 from limbeck import LocalTeacher
 from limbeck.config import Recipe
 from limbeck.data.dataset import PackedRows
 from limbeck.errors import ConfigError, LimbeckError, MismatchError
 from limbeck.models import load_causal_lm
+from limbeck.teachers import identity
 from limbeck.teachers.build_cache import build_cache
 from limbeck.teachers.http import LostError, RefusedError, WrongAnswerError
 from limbeck.teachers.identity import environment_key
@@ -136,8 +137,7 @@ def test_a_dead_endpoint_does_not_stop_the_others(teacher_folder, rows):
 
 
 def test_names_of_teachers_hold_between_ranks_and_folders(recipe, packed, model):
-    """Portraits differ a little every time; the name must not, wherever it is asked for."""
-    from limbeck.teachers import identity
+    """Signatures differ a little every time; the name must not, wherever it is asked for."""
 
     class Noisy(Served):
         def logits(self, ids):
@@ -151,22 +151,22 @@ def test_names_of_teachers_hold_between_ranks_and_folders(recipe, packed, model)
     with running(vllm_app(Noisy(model))) as url:
         names = []
         for _ in range(3):
-            identity._ASKED.clear()
-            names.append(identity.remote_identity(over(url)))
+            identity._FOUND.clear(), identity._KNOWN.clear()
+            names.append(remote_identity(over(url)))
         build_cache(over(url), recipe.cache_dir)
-        identity._ASKED.clear()
+        identity._FOUND.clear(), identity._KNOWN.clear()
         (recipe.root / "endpoints.json").unlink()  # results brought from elsewhere
-        names.append(identity.remote_identity(over(url)))
+        names.append(remote_identity(over(url)))
     assert all(name == names[0] for name in names)
-    identity._ASKED.clear()
-    assert identity.remote_identity(over(url)) == names[0], "remembered when it is gone"
+    identity._FOUND.clear(), identity._KNOWN.clear()
+    assert remote_identity(over(url)) == names[0], "remembered when it is gone"
 
 
 def test_most_canaries_of_a_right_server_pass_and_none_of_a_shifted_one(model):
     """The first row to change is the changed token's, whatever the tokens."""
     import asyncio
 
-    from limbeck.teachers.protocols.base import Ask
+    from limbeck.teachers.protocols.base import WireSpec
     from limbeck.teachers.protocols.segments import CANARY
     from limbeck.teachers.protocols.vllm import VLLMProtocol
 
@@ -190,7 +190,7 @@ def test_most_canaries_of_a_right_server_pass_and_none_of_a_shifted_one(model):
         protocol = VLLMProtocol()
         protocol.canary = torch.randint(1, 4000, (len(CANARY),), generator=generator).tolist()
         for by, results in found.items():
-            results.append(asyncio.run(protocol.aligned(Session(by), Ask(4, (1.0,), 4096))))
+            results.append(asyncio.run(protocol.aligned(Session(by), WireSpec(4, (1.0,), vocab_size=4096))))
     assert False not in found[0]
     assert True not in found[1] + found[-1]
 
@@ -303,7 +303,7 @@ def test_a_half_made_cache_is_not_continued_with_another_vocabulary_or_teacher(r
         build_cache(over(url), recipe.cache_dir)
         (recipe.cache_dir / "manifest.json").unlink()
         for wrong in (over(url, vocab_size=9000), over(elsewhere)):
-            with pytest.raises(LimbeckError, match="vocab_size|portrait"):
+            with pytest.raises(LimbeckError, match="vocab_size|signature"):
                 build_cache(wrong, recipe.cache_dir)
         build_cache(over(moved), recipe.cache_dir)  # the same model on another port is the same teacher
 

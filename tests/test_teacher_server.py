@@ -18,6 +18,7 @@ from limbeck.config import Recipe
 from limbeck.data.dataset import PackedRows
 from limbeck.errors import LimbeckError
 from limbeck.models import load_causal_lm
+from limbeck.targets.spec import TargetSpec
 from limbeck.targets.wire import decode_targets
 from limbeck.teachers.server.engine import BusyError, Engine, Request
 from limbeck.teachers.server.load import hold_as_float8, load_served
@@ -349,20 +350,16 @@ def test_an_adapter_is_merged_and_changes_the_fingerprint(teacher_folder, tmp_pa
 
     def served(**server):
         tree = {"teacher": {"model": str(teacher_folder), "dtype": "float32"}, "teacher_server": server}
-        return load_served(Recipe.model_validate(tree))
+        recipe = Recipe.model_validate(tree)
+        return load_served(recipe.teacher, recipe.teacher_server)
 
     plain, merged = served(), served(adapter=str(tmp_path / "adapter"))
     assert plain.fingerprint != merged.fingerprint != served(quantization="fp8").fingerprint
     rows = PackedRows(torch.arange(1), torch.arange(20).unsqueeze(0), torch.zeros(1, 20, dtype=torch.long))
     expected = LocalTeacher(tuned.merge_and_unload(), top_k=8).targets(rows)
-    found = merged.teacher.asking(top_k=8, temperatures=(1.0, 2.0)).targets(rows)
+    found = merged.teacher.with_spec(TargetSpec(8)).targets(rows)
     torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=1e-4, atol=1e-4)
-    assert (
-        float(
-            (found.logprobs - plain.teacher.asking(top_k=8, temperatures=(1.0, 2.0)).targets(rows).logprobs).abs().max()
-        )
-        > 0.01
-    )
+    assert float((found.logprobs - plain.teacher.with_spec(TargetSpec(8)).targets(rows).logprobs).abs().max()) > 0.01
     (tmp_path / "adapter" / "adapter_model.safetensors").rename(tmp_path / "adapter" / "adapter_model.bin")
     with pytest.raises(LimbeckError, match=r"adapter_model.safetensors is missing"):
         served(adapter=str(tmp_path / "adapter"))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from conftest import digest, loss_request, save_model, tiny_model
+from conftest import digest, loss_request, save_model, tiny_model, with_keys
 from limbeck import LocalTeacher, TeacherCache
 from limbeck.config import SamplingConfig
 from limbeck.errors import ConfigError, CorruptError, MismatchError
@@ -189,15 +189,17 @@ def test_caches_refuse_what_they_were_not_made_for(recipe, packed, corpus, tmp_p
     from limbeck.data.pack import pack
     from limbeck.data.tokenizer import recipe_tokenizer
     from limbeck.errors import LimbeckError
+    from limbeck.training.check import check_teacher
 
     build_cache(recipe, recipe.cache_dir)
     cache = TeacherCache(recipe.cache_dir)
-    with pytest.raises(MismatchError, match="attention per_document and this run has attention packed"):
-        cache.check(packed, "packed")
+    cache.check(packed)
+    with pytest.raises(ConfigError, match="attention is per_document and the student's packed"):
+        check_teacher(cache, recipe.loss, "packed", packed)
     other = recipe.dataset.model_copy(update={"max_length": 16})
     pack(other, recipe_tokenizer(recipe), tmp_path / "short")
     with pytest.raises(MismatchError, match="rows of 32 tokens and this run has rows of 16"):
-        cache.check(PackedDataset(tmp_path / "short"), "per_document")
+        cache.check(PackedDataset(tmp_path / "short"))
     with pytest.raises(ConfigError, match="3.0 is not declared"):
         cache.read([0]).at_temperature(3.0)
     with pytest.raises(LimbeckError, match="top_k: 16 -> 8"):
@@ -213,20 +215,17 @@ def test_caches_refuse_what_they_were_not_made_for(recipe, packed, corpus, tmp_p
 def test_the_gate_refuses_a_costly_codec(recipe, packed, tmp_path):
     from limbeck.errors import LimbeckError
 
-    strict = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"max_kl": 1e-12})})
+    strict = with_keys(recipe, teacher={"max_kl": 1e-12})
     with pytest.raises(LimbeckError, match="teacher.max_kl"):
         build_cache(strict, tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*.h5"))
 
 
 def test_another_tokenizer_is_refused(recipe, packed, corpus, tmp_path):
-    from limbeck.config import Recipe
     from limbeck.data.tokenizer import train_tokenizer
 
     folder = save_model(tiny_model(), tmp_path / "other")
-    train_tokenizer(
-        Recipe.model_validate({"dataset": {"name": str(corpus)}, "tokenizer": {"train_vocab_size": 300}}), folder
-    )
+    train_tokenizer(recipe.dataset, 300, folder)
     foreign = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"model": str(folder)})})
     with pytest.raises(MismatchError, match="tokenizer"):
         build_cache(foreign, tmp_path / "cache")

@@ -19,7 +19,7 @@ from limbeck.models import load_causal_lm
 from limbeck.students.build import choose_ternary, make_ternary
 from limbeck.students.quantizer import pack_codes, unpack_codes
 from limbeck.students.ternary import TernaryState, quantise, round_activations, ternarise
-from limbeck.training.phases import train
+from limbeck.training.phases import train_recipe
 from test_optim import EXPERTS
 from test_trainer import arguments, weights, with_changes
 
@@ -204,10 +204,10 @@ def test_a_recipe_trains_ternary_and_resumes_to_the_bit(recipe_tree, packed, tmp
     training = {**recipe_tree["training"], "max_steps": 6, "save_steps": 2, "eval_steps": 2}
     recipe = with_changes(recipe_tree, student=student, training=training, teacher={"use_cached_logits": False},
                           optimizer={"name": "muon_lion"})  # fmt: skip
-    train(recipe, tmp_path / "whole")
+    train_recipe(recipe, tmp_path / "whole")
     with stopped_after(saves=1):
-        train(recipe, tmp_path / "cut")
-    train(recipe, tmp_path / "cut")
+        train_recipe(recipe, tmp_path / "cut")
+    train_recipe(recipe, tmp_path / "cut")
     for name in ("final/model.safetensors", "best/model.safetensors"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     saved = json.loads((tmp_path / "whole" / "final" / "config.json").read_text())["quantization_config"]
@@ -237,11 +237,11 @@ def test_codes_pack_four_to_a_byte(rows, columns, seed):
 def test_a_student_with_odd_widths_packs(tmp_path):
     """Rows of 42 inputs are no whole bytes; their packed form is the trained one all the same."""
     from limbeck.export.packed import export_packed, verify_packed
-    from limbeck.export.source import Source
+    from limbeck.export.source import ExportSource
 
     model = tiny_model(intermediate_size=42)
     make_ternary(model, TernaryConfig(group_size="row"))
-    source = Source.open(save_model(model, tmp_path / "final"))
+    source = ExportSource.open(save_model(model, tmp_path / "final"))
     export_packed(source, tmp_path / "packed", "f32")
     assert verify_packed(source, tmp_path / "packed")
     packed = load_causal_lm(str(tmp_path / "packed"), dtype="float32").eval()

@@ -19,7 +19,7 @@ from limbeck.errors import ConfigError, CorruptError, LimbeckError
 from limbeck.teachers.build_cache import build_cache
 from limbeck.training.collate import RowCollator
 from limbeck.training.head import attach_objectives
-from limbeck.training.phases import train
+from limbeck.training.phases import train_recipe
 
 
 def arguments(folder, **changes):
@@ -173,11 +173,11 @@ def test_a_resumed_run_ends_with_the_same_bytes(recipe_tree, recipe, packed, tmp
     settings = {"max_steps": 6, "save_steps": 2, "eval_steps": 2, "use_cached_logits": False}
     training = {**recipe_tree["training"], **{k: v for k, v in settings.items() if k != "use_cached_logits"}}
     recipe = with_changes(recipe_tree, training=training, teacher={"use_cached_logits": False})
-    train(recipe, tmp_path / "whole")
+    train_recipe(recipe, tmp_path / "whole")
     with stopped_after(saves=2):
-        train(recipe, tmp_path / "cut")
+        train_recipe(recipe, tmp_path / "cut")
     (tmp_path / "cut" / "step_5").mkdir()  # half a checkpoint, as a kill would leave it
-    train(recipe, tmp_path / "cut")
+    train_recipe(recipe, tmp_path / "cut")
     for name in ("final/model.safetensors", "best/model.safetensors"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     lines = [json.loads(line) for line in (tmp_path / "cut" / "provenance.jsonl").read_text().splitlines()]
@@ -191,11 +191,11 @@ def test_nothing_is_trained_after_the_last_step(recipe_tree, packed, tmp_path):
     training = {**recipe_tree["training"], "mode": "ce", "max_steps": 3, "lr_scheduler_type": "constant"}
     recipe = with_changes(recipe_tree, training=training)
     folder = tmp_path / "student"
-    train(recipe, folder)
+    train_recipe(recipe, folder)
     before = (folder / "final" / "model.safetensors").read_bytes()
     (folder / "manifest.json").unlink()
     (folder / "final").rename(folder / ".final.tmp")  # half-written, as a kill leaves it
-    manifest = train(recipe, folder)
+    manifest = train_recipe(recipe, folder)
     assert manifest.steps == 3
     assert (folder / "final" / "model.safetensors").read_bytes() == before
     assert not (folder / ".final.tmp").exists()
@@ -204,9 +204,9 @@ def test_nothing_is_trained_after_the_last_step(recipe_tree, packed, tmp_path):
 def test_resume_from_an_earlier_checkpoint_leaves_the_later_ones(recipe_tree, packed, tmp_path):
     folder = tmp_path / "run" / "student"
     base = {**recipe_tree["training"], "mode": "ce", "save_steps": 1, "save_total_limit": None, "max_steps": 4}
-    train(with_changes(recipe_tree, training=base), folder)
+    train_recipe(with_changes(recipe_tree, training=base), folder)
     changed = {**base, "max_steps": 3, "learning_rate": 5e-3, "resume_from": str(folder / "step_2")}
-    manifest = train(with_changes(recipe_tree, training=changed), folder)
+    manifest = train_recipe(with_changes(recipe_tree, training=changed), folder)
     lines = [json.loads(line) for line in (folder / "provenance.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 2]
     assert manifest.steps == 3
@@ -231,7 +231,7 @@ def test_modes_change_on_the_same_run_and_are_recorded(recipe_tree, packed, tmp_
     folder = tmp_path / "run" / "student"
     base = recipe_tree["training"]
     ce = with_changes(recipe_tree, training={**base, "mode": "ce", "max_steps": 2, "save_steps": 2})
-    train(ce, folder)
+    train_recipe(ce, folder)
     first = (folder / "final" / "model.safetensors").read_bytes()
     kd = with_changes(
         recipe_tree,
@@ -240,8 +240,8 @@ def test_modes_change_on_the_same_run_and_are_recorded(recipe_tree, packed, tmp_
     )
     without = kd.model_copy(update={"training": kd.training.model_copy(update={"resume_from": None})})
     with pytest.raises(LimbeckError, match="made from other inputs"):
-        train(without, folder)
-    train(kd, folder)
+        train_recipe(without, folder)
+    train_recipe(kd, folder)
     assert (folder / "final" / "model.safetensors").read_bytes() != first
     lines = [json.loads(line) for line in (folder / "provenance.jsonl").read_text().splitlines()]
     assert [(line["mode"], line["step"]) for line in lines] == [("ce", 0), ("distill", 2)]
@@ -252,7 +252,7 @@ def test_modes_change_on_the_same_run_and_are_recorded(recipe_tree, packed, tmp_
 
 def test_log_lines_have_the_promised_form(recipe_tree, packed, tmp_path):
     recipe = with_changes(recipe_tree, teacher={"use_cached_logits": False})
-    train(recipe, tmp_path / "student")
+    train_recipe(recipe, tmp_path / "student")
     lines = (tmp_path / "student" / "training.log").read_text().splitlines()
     import re
 
@@ -275,11 +275,11 @@ def test_stages_train_what_they_name(recipe_tree, packed, tmp_path):
             ],
         },
     )  # fmt: skip
-    train(recipe, tmp_path / "student")
+    train_recipe(recipe, tmp_path / "student")
     from limbeck.data.tokenizer import recipe_tokenizer
     from limbeck.training.run import new_student
 
-    start = weights(new_student(recipe, recipe_tokenizer(recipe), None, None))
+    start = weights(new_student(recipe.student, recipe_tokenizer(recipe), "per_document", recipe.seed))
     first = load_file(tmp_path / "student" / "mlp_only" / "final" / "model.safetensors")
     second = load_file(tmp_path / "student" / "everything" / "final" / "model.safetensors")
     assert second.keys() == load_file(tmp_path / "student" / "final" / "model.safetensors").keys()
@@ -290,14 +290,14 @@ def test_stages_train_what_they_name(recipe_tree, packed, tmp_path):
 
 def test_a_damaged_checkpoint_is_named(recipe_tree, packed, tmp_path):
     recipe = with_changes(recipe_tree, training={**recipe_tree["training"], "mode": "ce", "save_steps": 2})
-    train(recipe, tmp_path / "student")
+    train_recipe(recipe, tmp_path / "student")
     (tmp_path / "student" / "manifest.json").unlink()
     path = tmp_path / "student" / "step_4" / "model.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     with pytest.raises(CorruptError, match=r"step_4.*missing or damaged"):
-        train(recipe, tmp_path / "student")
+        train_recipe(recipe, tmp_path / "student")
 
 
 def test_fused_experts_survive_resume(packed, tmp_path):
@@ -321,7 +321,7 @@ def test_rotation_keeps_the_newest_and_the_best(recipe_tree, packed, tmp_path):
         recipe_tree,
         training={**recipe_tree["training"], "mode": "ce", "max_steps": 6, "save_steps": 1, "save_total_limit": 2},
     )
-    train(recipe, tmp_path / "student")
+    train_recipe(recipe, tmp_path / "student")
     kept = sorted(path.name for path in (tmp_path / "student").glob("step_*"))
     assert kept == ["step_5", "step_6"]
 
@@ -353,14 +353,14 @@ def test_a_better_older_checkpoint_outlives_the_rotation(packed, tmp_path):
 def test_a_start_from_elsewhere_that_is_killed_twice_ends_as_undisturbed(recipe_tree, packed, tmp_path):
     """`resume_from` holds for the first start alone; what is killed afterwards goes on from its own checkpoints."""
     base = {**recipe_tree["training"], "mode": "ce", "save_steps": 1, "save_total_limit": None, "max_steps": 2}
-    train(with_changes(recipe_tree, training=base), tmp_path / "first")
+    train_recipe(with_changes(recipe_tree, training=base), tmp_path / "first")
     changed = {**base, "max_steps": 6, "learning_rate": 5e-3, "resume_from": str(tmp_path / "first" / "step_2")}
     recipe = with_changes(recipe_tree, training=changed)
-    train(recipe, tmp_path / "whole")
+    train_recipe(recipe, tmp_path / "whole")
     for saves in (1, 2):  # killed after one save, then after two more
         with stopped_after(saves):
-            train(recipe, tmp_path / "cut")
-    train(recipe, tmp_path / "cut")
+            train_recipe(recipe, tmp_path / "cut")
+    train_recipe(recipe, tmp_path / "cut")
     lines = [json.loads(line) for line in (tmp_path / "cut" / "provenance.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 3, 5]
     name = "final/model.safetensors"

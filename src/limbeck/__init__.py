@@ -12,7 +12,7 @@ from limbeck.registration import register
 if TYPE_CHECKING:
     from limbeck.losses.fused import fused_distillation_loss
     from limbeck.targets.sparse import SparseTargets
-    from limbeck.targets.store import TeacherCache
+    from limbeck.teachers.cached import TeacherCache
     from limbeck.teachers.local import LocalTeacher
     from limbeck.teachers.remote import RemoteTeacher
     from limbeck.training.arguments import DistillationArguments
@@ -25,7 +25,7 @@ register()  # transformers then loads our ternary checkpoints
 _EXPORTS = {
     "SparseTargets": "limbeck.targets.sparse",
     "fused_distillation_loss": "limbeck.losses.fused",
-    "TeacherCache": "limbeck.targets.store",
+    "TeacherCache": "limbeck.teachers.cached",
     "LocalTeacher": "limbeck.teachers.local",
     "RemoteTeacher": "limbeck.teachers.remote",
     "DistillationArguments": "limbeck.training.arguments",

@@ -49,19 +49,19 @@ _SUBCOMMANDS: dict[str, _Subcommand] = {
         "teacher_cache",
         "run the teacher once and keep its top-k targets in HDF5",
         ("dry-run", "force", "skip-existing"),
-        {"output-dir": "teacher.cache_dir", "batch-size": "teacher.batch_size", "device": "teacher.device"},
+        {"output-dir": "teacher.cache.dir", "batch-size": "teacher.local.batch_size", "device": "teacher.local.device"},
     ),
     "teacher probe": _Subcommand(
         "teacher_probe",
         "find out what an endpoint speaks and gives, test its alignment, measure it",
         (),
         {
-            "endpoint": "teacher.endpoint",
-            "protocol": "teacher.protocol",
+            "endpoint": "teacher.remote.endpoint",
+            "protocol": "teacher.remote.protocol",
             "model": "teacher.model",
-            "api-key-env": "teacher.api_key_env",
+            "api-key-env": "teacher.remote.api_key_env",
         },
-        positional="teacher.endpoint",
+        positional="teacher.remote.endpoint",
     ),
     "teacher serve": _Subcommand(
         "teacher_serve",
@@ -69,9 +69,9 @@ _SUBCOMMANDS: dict[str, _Subcommand] = {
         (),
         {
             "model": "teacher.model",
-            "dtype": "teacher.dtype",
-            "device": "teacher.device",
-            "max-batch-tokens": "teacher.max_batch_tokens",
+            "dtype": "teacher.local.dtype",
+            "device": "teacher.local.device",
+            "max-batch-tokens": "teacher.local.max_batch_tokens",
             "host": "teacher_server.host",
             "port": "teacher_server.port",
             "quantization": "teacher_server.quantization",
@@ -131,7 +131,7 @@ _SUBCOMMANDS: dict[str, _Subcommand] = {
 
 
 #: How usage names a bare first word, by the key that it sets.
-_WORDS = {"teacher.endpoint": "[URL]", "teacher.model": "[MODEL]", "export.input": "[PATH]"}
+_WORDS = {"teacher.remote.endpoint": "[URL]", "teacher.model": "[MODEL]", "export.input": "[PATH]"}
 
 
 def _usage(group: str = "") -> str:

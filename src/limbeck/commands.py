@@ -10,6 +10,8 @@ from typing import Any
 import yaml
 
 from limbeck.config import Recipe
+from limbeck.config.unused import without_effect
+from limbeck.console import warn
 from limbeck.errors import ConfigError
 from limbeck.pipeline import RunReport, plan, run_pipeline
 from limbeck.recipe import keys
@@ -60,7 +62,7 @@ def teacher_serve(recipe: Recipe, options: Options) -> Result:
     """Serve the teacher until stopped."""
     from limbeck.teachers.server.run import serve
 
-    found = serve(recipe)
+    found = serve(recipe.teacher, recipe.teacher_server, recipe.training.device)
     return Result(found, f"{found['model']} was served at {found['url']}")
 
 
@@ -80,6 +82,8 @@ def _for_caching(recipe: Recipe) -> Recipe:
 
 
 def _pipeline(recipe: Recipe, last: str | None, options: Options) -> Result:
+    for problem in without_effect(recipe):
+        warn(problem)
     if options.dry_run:
         stages = plan(recipe, last)
         text = "\n".join(f"{stage.name:<10} {stage.state}" for stage in stages)
@@ -105,16 +109,16 @@ def evaluate(recipe: Recipe, options: Options) -> Result:
 
     folder = recipe.evaluation.model or student_folder(recipe.student_dir)
     results = evaluate_recipe(recipe, {"student": str(folder)})
-    return Result(results, table_text(results, suites_of(recipe)))
+    return Result(results, table_text(results, suites_of(recipe.evaluation.suites)))
 
 
 def generate(recipe: Recipe, options: Options) -> Result:
     """Write a sample with a model."""
-    from limbeck.evaluation.generate import generate as write
+    from limbeck.evaluation.generate import write_sample
     from limbeck.training.run import student_folder
 
     folder = recipe.generation.model or student_folder(recipe.student_dir)
-    text = write(recipe, str(folder))
+    text = write_sample(recipe.generation, str(folder), recipe.training.device)
     return Result({"model": str(folder), "prompt": recipe.generation.prompt, "text": text}, text)
 
 
@@ -122,8 +126,13 @@ def export(recipe: Recipe, options: Options) -> Result:
     """Write a finished student for other programs."""
     from limbeck.export.run import export_student
 
-    data = export_student(recipe, verify=options.verify)
+    run = recipe.export.input or recipe.root
+    data = export_student(recipe.export, run, _export_name(recipe), verify=options.verify)
     return Result(data, "\n".join(f"{key:<24} {value}" for key, value in data.items()))
+
+
+def _export_name(recipe: Recipe) -> str:
+    return recipe.export.input.resolve().name if recipe.export.input else recipe.name
 
 
 def inspect(recipe: Recipe, options: Options) -> Result:

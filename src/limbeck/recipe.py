@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from limbeck.config import Recipe
 from limbeck.config.base import Section, merged
-from limbeck.config.moved import MOVED, REMOVED, rewritten
+from limbeck.config.moved import EARLIER, present_key, rewritten
 from limbeck.errors import ConfigError
 from limbeck.plugins import load_plugins, named_plugins
 
@@ -51,12 +51,12 @@ ALIASES: Mapping[str, str] = {
     "device": "training.device",
     "report-to": "training.report_to",
     "teacher-model": "teacher.model",
-    "teacher-endpoint": "teacher.endpoint",
-    "parallel": "teacher.parallel",
-    "micro-batches": "teacher.micro_batches",
+    "teacher-endpoint": "teacher.remote.endpoint",
+    "parallel": "teacher.remote.parallel",
+    "micro-batches": "teacher.remote.micro_batches",
     "top-k": "teacher.top_k",
     "teacher-topk": "teacher.top_k",
-    "cache-dir": "teacher.cache_dir",
+    "cache-dir": "teacher.cache.dir",
     "use-cached-logits": "teacher.use_cached_logits",
     "student-model": "student.model",
     "tokenizer": "tokenizer.name",
@@ -170,16 +170,17 @@ def parse_flags(
             raise ConfigError(f"{command}: unexpected argument {word!r}. Keys are given as `--section.key value`.")
         flag, equals, value = word[2:].partition("=")
         key = flag.replace("-", "_") if "." in flag else aliases.get(flag.replace("_", "-"), flag.replace("-", "_"))
-        if not (key in known or key in MOVED or key in REMOVED or key.startswith(_OPEN)):
-            candidates = [*known, *MOVED, *aliases]
-            raise ConfigError(f"{command}: unknown flag --{flag}{_nearest(flag, candidates, '--') or '.'}")
+        key = present_key(key)
+        if not (key in known or key in EARLIER or key.startswith(_OPEN)):
+            candidates = [*known, *EARLIER, *aliases]
+            raise ConfigError(f"{command}: unknown flag --{flag}{_did_you_mean(flag, candidates, '--') or '.'}")
         if not equals:
             if position < len(arguments) and not arguments[position].startswith("--"):
                 value = arguments[position]
                 position += 1
             else:
                 value = "true"
-        _place(tree, key.split("."), _parse_value(value, word, known.get(key)))
+        _set_key(tree, key.split("."), _parse_value(value, word, known.get(key)))
     return tree
 
 
@@ -194,7 +195,7 @@ def _parse_value(text: str, flag: str, field: Any) -> Any:
         raise ConfigError(f"the value of {flag} is not valid YAML: {text!r}") from error
 
 
-def _place(tree: dict[str, Any], path: list[str], value: Any) -> None:
+def _set_key(tree: dict[str, Any], path: list[str], value: Any) -> None:
     for part in path[:-1]:
         if isinstance(tree.get(part), str):  # a part that was given by its name alone
             tree[part] = {"name": tree[part]}
@@ -203,7 +204,7 @@ def _place(tree: dict[str, Any], path: list[str], value: Any) -> None:
     tree[path[-1]] = {**known, "name": value} if isinstance(known, dict) and isinstance(value, str) else value
 
 
-def _nearest(word: str, candidates: Sequence[str], prefix: str = "") -> str:
+def _did_you_mean(word: str, candidates: Sequence[str], prefix: str = "") -> str:
     """`; did you mean X?` for the closest candidate, or an empty string."""
     found = difflib.get_close_matches(word, candidates, n=1, cutoff=0.6)
     if not found:  # `alhpa` alone is nearest to the last part of `loss.alpha`
@@ -252,7 +253,7 @@ def _explain(error: ValidationError, where: str) -> str:
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            lines.append(f"unknown key {key}{_nearest(key, known)}")
+            lines.append(f"unknown key {key}{_did_you_mean(key, known)}")
         else:
             reason = problem["msg"].removeprefix("Value error, ")
             found = "" if isinstance(problem["input"], dict) else f" (found {problem['input']!r})"

@@ -75,8 +75,10 @@ class Registry(Generic[T]):
 
         def add(part: T) -> T:
             known = self._parts.get(name)
-            if known is not None and _place(known) != _place(part):
-                raise ConfigError(f"two parts register as {self.what} {name!r}: {_place(known)} and {_place(part)}.")
+            if known is not None and _defined_at(known) != _defined_at(part):
+                raise ConfigError(
+                    f"two parts register as {self.what} {name!r}: {_defined_at(known)} and {_defined_at(part)}."
+                )
             self._parts[name] = part
             return part
 
@@ -179,7 +181,7 @@ class OneOf:
         return {"anyOf": [names, named]}
 
 
-def _place(part: Any) -> str:
+def _defined_at(part: Any) -> str:
     """Where a part is defined: the same file imported twice registers the same part."""
     return f"{getattr(part, '__module__', '?')}.{getattr(part, '__qualname__', part)}"
 

@@ -5,6 +5,7 @@ The one idea: whatever is written appears under its name by one rename, after it
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -79,6 +80,21 @@ def fsync_tree(folder: Path) -> list[Path]:
         fsync_file(path)
     fsync_folder(folder)
     return files
+
+
+def temporary_for(final: Path, *, own: bool = False) -> Path:
+    """Where a file or folder is written before it is whole: hidden, beside its place, and known as a leftover.
+
+    Args:
+        final: its place.
+        own: a name that no other process uses, where several may write the same place.
+    """
+    return final.with_name(f".{final.name}.{os.getpid()}.tmp" if own else f".{final.name}.tmp")
+
+
+def leftovers_of(final: Path) -> list[Path]:
+    """What killed processes left of writing one place."""
+    return list(final.parent.glob(f".{glob.escape(final.name)}.*.tmp"))
 
 
 def commit_file(temporary: Path, final: Path) -> None:
@@ -173,7 +189,7 @@ def plain_disk_errors(folder: Path) -> Iterator[None]:
 
 def atomic_write_text(path: Path, text: str) -> None:
     """Write `text` so that a reader or a crash sees the old file or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_for(path, own=True)
     try:
         temporary.write_text(text, encoding="utf-8")
         commit_file(temporary, path)

@@ -85,7 +85,7 @@ def test_the_loss_is_the_local_one(server, tau):
     rows = rows_of(tokenizer)
     targets = remote.targets(rows)
     remote.close()
-    assert remote.facts.protocol == "openai-echo"
+    assert remote.info.protocol == "openai-echo"
     known = targets.valid.any(dim=-1)
     assert float(known.float().mean()) > 0.9
     teacher = load_causal_lm(TOKENIZER, dtype="float32").eval()

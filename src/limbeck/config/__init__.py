@@ -4,18 +4,23 @@ The one idea: this package is the only place a key is defined. The YAML reader, 
 JSON schema and the help text are all derived from these models; an unknown key is an error, never ignored.
 """
 
-from limbeck.config.data import DatasetConfig, SamplingConfig, StudentConfig, TernaryConfig
+from limbeck.config.base import ModelSource
+from limbeck.config.data import DatasetConfig
 from limbeck.config.recipe import Recipe
+from limbeck.config.student import StudentConfig, TernaryConfig
+from limbeck.config.teacher import SamplingConfig, TeacherConfig
 from limbeck.config.training import LossConfig, LRMultiplier, OptimizerConfig, SaddleConfig
 
 __all__ = [
     "DatasetConfig",
     "LRMultiplier",
     "LossConfig",
+    "ModelSource",
     "OptimizerConfig",
     "Recipe",
     "SaddleConfig",
     "SamplingConfig",
     "StudentConfig",
+    "TeacherConfig",
     "TernaryConfig",
 ]

@@ -1,7 +1,7 @@
 """What every section of a recipe is made of."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -16,6 +16,25 @@ class Section(BaseModel):
     """A part of the recipe; refuses keys it does not define."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+def default(section: type[Section], key: str) -> Any:
+    """The default of a key, for functions that can be called without a recipe: it is written down once."""
+    return section.model_fields[key].get_default(call_default_factory=True)
+
+
+class ModelSource(NamedTuple):
+    """A model or tokenizer by name.
+
+    Attributes:
+        name: a folder, a hub id, or the name of a model in the package.
+        revision: commit or tag of a hub model.
+        trust_remote_code: run the repository's own Python code.
+    """
+
+    name: str
+    revision: str | None = None
+    trust_remote_code: bool = False
 
 
 #: Keys that hold a named part: another name takes none of the former part's parameters with it.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from limbeck.config.base import merged
+from limbeck.config.teacher import LocalTeacherConfig, RemoteTeacherConfig
 from limbeck.errors import ConfigError
 
 
@@ -23,12 +24,26 @@ class _Parameter:
 
 
 #: Old dotted key -> the part's parameter that it is now.
-MOVED = {
+_PARAMETERS = {
     "loss.jsd_beta": _Parameter("divergence", "jsd", "beta", 0.5),
     "loss.skew": _Parameter("divergence", "skewed_kl", "skew", 0.1),
 }
+#: Old dotted key -> the key that it is now; the old names stay good as short ones.
+_KEYS = {
+    "teacher.cache_dir": "teacher.cache.dir",
+    **{f"teacher.{name}": f"teacher.cache.{name}" for name in ("rows_per_shard", "compression", "max_kl", "splits")},
+    **{f"teacher.{name}": f"teacher.local.{name}" for name in LocalTeacherConfig.model_fields},
+    **{f"teacher.{name}": f"teacher.remote.{name}" for name in RemoteTeacherConfig.model_fields},
+}
 #: Keys that decided nothing and are gone.
-REMOVED = ("teacher.kind",)
+_REMOVED = ("teacher.kind",)
+#: All names that are understood beside the present ones.
+EARLIER = (*_PARAMETERS, *_KEYS, *_REMOVED)
+
+
+def present_key(key: str) -> str:
+    """The key that an earlier name stands for; any other as it is."""
+    return _KEYS.get(key, key)
 
 
 def rewritten(tree: Mapping[str, Any], *, override: bool = False) -> dict[str, Any]:
@@ -42,22 +57,36 @@ def rewritten(tree: Mapping[str, Any], *, override: bool = False) -> dict[str, A
         ConfigError: a key is given by its old name and by its new one.
     """
     found: dict[str, Any] = dict(tree)
-    for old in (*MOVED, *REMOVED):
+    for old in EARLIER:
         section, _, leaf = old.partition(".")
         if not isinstance(found.get(section), Mapping) or leaf not in found[section]:
             continue
         value = found[section][leaf]
         found[section] = {key: kept for key, kept in found[section].items() if key != leaf}
-        if old not in MOVED:
-            continue
-        moved = MOVED[old]
-        chosen = found[section].get(moved.key)
-        name = chosen.get("name") if isinstance(chosen, Mapping) else chosen
-        if name != moved.part and value == moved.default:
-            continue
-        known = chosen.get(moved.name) if isinstance(chosen, Mapping) else None
-        if known not in (None, value) and not override:
-            new = f"{section}.{moved.key}.{moved.name}"
-            raise ConfigError(f"{old} is {value} and {new}, its present name, is {known}; remove one of them.")
-        found = merged(found, {section: {moved.key: {moved.name: value}}})
+        if old in _KEYS:
+            found = _moved(found, old, _KEYS[old], value, override)
+        elif old in _PARAMETERS:
+            found = _made_parameter(found, old, _PARAMETERS[old], value, override)
     return found
+
+
+def _moved(tree: dict[str, Any], old: str, new: str, value: Any, override: bool) -> dict[str, Any]:
+    section, part, leaf = new.split(".")
+    inner = tree[section].get(part)
+    known = inner.get(leaf) if isinstance(inner, Mapping) else None
+    if known not in (None, value) and not override:
+        raise ConfigError(f"{old} is {value} and {new}, its full name, is {known}; remove one of them.")
+    return dict(merged(tree, {section: {part: {leaf: value}}}))
+
+
+def _made_parameter(tree: dict[str, Any], old: str, moved: _Parameter, value: Any, override: bool) -> dict[str, Any]:
+    section = old.partition(".")[0]
+    chosen = tree[section].get(moved.key)
+    name = chosen.get("name") if isinstance(chosen, Mapping) else chosen
+    if name != moved.part and value == moved.default:
+        return tree
+    known = chosen.get(moved.name) if isinstance(chosen, Mapping) else None
+    if known not in (None, value) and not override:
+        new = f"{section}.{moved.key}.{moved.name}"
+        raise ConfigError(f"{old} is {value} and {new}, its present name, is {known}; remove one of them.")
+    return dict(merged(tree, {section: {moved.key: {moved.name: value}}}))

@@ -6,15 +6,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, PrivateAttr, ValidationError, field_validator, model_validator
 
-from limbeck.config.base import Positive, Section, Seed, merged
-from limbeck.config.data import DatasetConfig, EnvironmentName, StudentConfig, TeacherConfig, TokenizerConfig
+from limbeck.config.base import ModelSource, Positive, Section, Seed, merged
+from limbeck.config.data import DatasetConfig, TokenizerConfig
 from limbeck.config.moved import rewritten
+from limbeck.config.student import StudentConfig
+from limbeck.config.teacher import EnvironmentName, TeacherConfig
 from limbeck.config.training import (
     LossConfig,
     LRMultiplier,
     OptimizerConfig,
+    PhaseConfig,
     SaddleConfig,
-    Stage,
     StagesConfig,
     TrainingConfig,
 )
@@ -185,12 +187,33 @@ class Recipe(Section):
     @property
     def cache_dir(self) -> Path:
         """Folder of the teacher's cached targets."""
-        return self.teacher.cache_dir or self.root / f"cache{self._suffix}"
+        return self.teacher.cache.dir or self.root / f"cache{self._suffix}"
 
     @property
     def student_dir(self) -> Path:
         """Folder of the student's checkpoints and final weights."""
         return self.training.output_dir or self.root / "student"
+
+    @property
+    def tokenizer_source(self) -> ModelSource:
+        """The tokenizer: the one that this run trains, the one that is named, the teacher's or the student's.
+
+        Raises:
+            ConfigError: none is named.
+        """
+        own = self.tokenizer
+        if own.train_vocab_size is not None:
+            return ModelSource(str(self.root / "tokenizer"))
+        named = None if own.name is None else ModelSource(own.name, own.revision)
+        found = named or self.teacher.source or self.student.source
+        if found is not None:
+            return found
+        if self.teacher.is_remote or self.teacher.cache.dir is not None:
+            raise ConfigError("no tokenizer: name the teacher's own, `--tokenizer FOLDER_OR_HUB_ID`.")
+        raise ConfigError(
+            "no tokenizer: tokenizer.name, tokenizer.train_vocab_size, teacher.model and student.model are all unset. "
+            "Set one of them."
+        )
 
     @property
     def data_name(self) -> str:
@@ -219,7 +242,7 @@ class Recipe(Section):
             return any(stage.training.get("mode", self.training.mode) == "distill" for stage in self.stages.configs)
         return self.training.mode == "distill"
 
-    def _stage_loss(self, stage: Stage) -> LossConfig | None:
+    def _stage_loss(self, stage: PhaseConfig) -> LossConfig | None:
         """The loss of a stage; None when its keys are wrong, which `stage_recipe` reports by name."""
         try:
             tree = rewritten({"loss": merged(self.loss.model_dump(exclude_unset=True), stage.loss)}, override=True)
@@ -227,7 +250,7 @@ class Recipe(Section):
         except ValidationError:
             return None
 
-    def stage_recipes(self) -> Iterator[tuple[Stage, "Recipe"]]:
+    def stage_recipes(self) -> Iterator[tuple[PhaseConfig, "Recipe"]]:
         """Each stage with the whole recipe that it means.
 
         Raises:
@@ -238,7 +261,7 @@ class Recipe(Section):
             recipe = self.stage_recipe(stage)
             recipe._suffix = folders.setdefault(recipe.dataset.model_dump_json(), f"-{stage.stage_name}")
             if recipe._suffix:
-                recipe.teacher.cache_dir = None  # the named folder is for the recipe's own rows
+                recipe.teacher.cache.dir = None  # the named folder is for the recipe's own rows
             if recipe.student.ternary is not None and stage is not self.stages.configs[0]:
                 recipe.student.ternary.warmup_steps = 0  # the first stage has made the weights ternary
             yield stage, recipe
@@ -247,7 +270,7 @@ class Recipe(Section):
         """What is trained, one after the other: the recipes of its stages, or the recipe itself."""
         return [own for _, own in self.stage_recipes()] if self.stages.enabled else [self]
 
-    def stage_recipe(self, stage: Stage) -> "Recipe":
+    def stage_recipe(self, stage: PhaseConfig) -> "Recipe":
         """The whole recipe of a stage, but for the folders of its own data.
 
         Raises:
@@ -263,7 +286,7 @@ class Recipe(Section):
             )
         return own
 
-    def _stage_tree(self, stage: Stage) -> dict[str, Any]:
+    def _stage_tree(self, stage: PhaseConfig) -> dict[str, Any]:
         tree = self.model_dump(exclude_unset=True)
         for section in ("training", "optimizer", "loss", "dataset"):
             tree[section] = merged(tree.get(section, {}), getattr(stage, section), section)

@@ -138,6 +138,10 @@ class AlgorithmRule(Section):
     algorithm: Algorithm = Field(description="What its parameters are trained with.")
 
 
+#: Learning rates where the recipe gives none; AdamW's beside Muon.
+DEFAULT_RATES = {"muon": 0.02, "lion": 1e-4, "adamw": 3e-4}
+
+
 class OptimizerConfig(Section):
     """Which algorithm trains what."""
 
@@ -154,7 +158,7 @@ class OptimizerConfig(Section):
     @property
     def default_learning_rate(self) -> float:
         """The rate of hidden matrices when the recipe gives none."""
-        return {"muon": 0.02, "lion": 1e-4, "adamw": 5e-4}[self.for_matrices]
+        return 5e-4 if self.for_matrices == "adamw" else DEFAULT_RATES[self.for_matrices]
 
     @property
     def for_matrices(self) -> str:
@@ -269,7 +273,7 @@ class TrainingConfig(ScheduleConfig):
         return self
 
 
-class Stage(Section):
+class PhaseConfig(Section):
     """One stage of training: its length, and the keys in which it differs from the recipe."""
 
     stage_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")] = Field(
@@ -290,7 +294,7 @@ class Stage(Section):
     )
 
     @model_validator(mode="after")
-    def _one_length(self) -> "Stage":
+    def _one_length(self) -> "PhaseConfig":
         if (self.num_epochs is None) == (self.max_steps is None):
             raise ValueError(f"stage {self.stage_name!r} needs exactly one of num_epochs and max_steps")
         if self.stage_name in ("final", "best", "latest", "runs") or self.stage_name.startswith("step_"):
@@ -308,7 +312,7 @@ class StagesConfig(Section):
     """Training in stages: optimizer and schedule start anew in each, weights go on."""
 
     enabled: bool = Field(False, description="Train in the stages of `configs`, in order.")
-    configs: list[Stage] = Field(default_factory=list, description="The stages.")
+    configs: list[PhaseConfig] = Field(default_factory=list, description="The stages.")
 
     @model_validator(mode="after")
     def _named_once(self) -> "StagesConfig":

@@ -115,8 +115,17 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, Any]]):
     @property
     def fingerprint(self) -> str:
         """Fingerprint of what the rows were packed from, and of how many of them are used."""
+        return self.fingerprint_of(self._length)
+
+    def fingerprint_of(self, count: int) -> str:
+        """The fingerprint of `count` rows of the whole split, evenly spaced."""
         packed = str(self.manifest.fingerprint)
-        return packed if self._length == self._total else fingerprint([packed, self._length])
+        return packed if count >= self._total else fingerprint([packed, count])
+
+    def places(self, count: int | None = None) -> np.ndarray:
+        """Where in the whole split the rows stand, `[len(self)]`; with `count` where that many would."""
+        count = self._length if count is None else count
+        return np.arange(count) * self._total // max(count, 1)
 
     def check(self, tokenizer: LoadedTokenizer | None = None, max_length: int | None = None) -> None:
         """Refuse rows of another tokenizer or another length, naming both values."""

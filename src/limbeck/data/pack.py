@@ -27,7 +27,7 @@ from limbeck.data.tokenizer import LoadedTokenizer
 from limbeck.errors import LimbeckError
 from limbeck.folders import StageFolder
 from limbeck.manifests import PackedManifest, PackedShard, PackedSplit, TokenizerRecord
-from limbeck.storage import commit_file, read_json, sha256_file, write_json
+from limbeck.storage import commit_file, read_json, sha256_file, temporary_for, write_json
 
 SPLITS = ("train", "validation")
 _PROGRESS = ".progress.json"
@@ -123,7 +123,7 @@ def _pack(config: DatasetConfig, source: Source, tokenizer: LoadedTokenizer, sta
     total_documents = _pack_all(config, source, tokenizer, folder, splits)
     if source.without_text:
         say(f"{source.without_text} rows hold no text (null) and are left out")
-    manifest = _manifest(config, tokenizer, stage, splits, total_documents)
+    manifest = _packed_manifest(config, tokenizer, stage, splits, total_documents)
     if not manifest.splits["train"].rows:
         stage.clear()
         raise LimbeckError(f"dataset {config.name!r} gave no training rows; it has {total_documents} documents.")
@@ -197,7 +197,7 @@ def _write_shard(folder: Path, splits: dict[str, _Split], name: str, tokens: np.
     file = f"{name}-{len(split.shards):05d}.parquet"
     facts = shard_facts(name, sum(shard["rows"] for shard in split.shards), *tokens.shape)
     columns = [pa.FixedSizeListArray.from_arrays(pa.array(a.ravel()), tokens.shape[1]) for a in (tokens, owners)]
-    temporary = folder / f".{file}.tmp"
+    temporary = temporary_for(folder / file)
     table = pa.table(columns, names=["input_ids", "doc_ids"]).replace_schema_metadata({SHARD_FACTS: json.dumps(facts)})
     pq.write_table(table, temporary, compression="snappy", row_group_size=64)
     commit_file(temporary, folder / file)
@@ -216,7 +216,7 @@ def _write_shard(folder: Path, splits: dict[str, _Split], name: str, tokens: np.
     write_json(folder / _PROGRESS, state)
 
 
-def _manifest(
+def _packed_manifest(
     config: DatasetConfig,
     tokenizer: LoadedTokenizer,
     stage: StageFolder,

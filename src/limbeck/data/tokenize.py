@@ -60,7 +60,7 @@ def tokenize_documents(
     """Ids of the documents, in order; a long document's come in several parts."""
     processes = num_proc or _cores()
     encoder = PieceEncoder(tokenizer.json, tokenizer.eos_id)
-    batches = _batches(documents, encoder)
+    batches = _text_batches(documents, encoder)
     head = list(islice(batches, _PARALLEL_FROM))
     if processes == 1 or len(head) < _PARALLEL_FROM:
         for batch in chain(head, batches):
@@ -92,7 +92,7 @@ def _label(batch: list[_Piece], arrays: list[np.ndarray]) -> Iterator[Tokens]:
         yield Tokens(piece.number, piece.split, ids, piece.last)
 
 
-def _batches(documents: Iterable[Tagged], encoder: PieceEncoder) -> Iterator[list[_Piece]]:
+def _text_batches(documents: Iterable[Tagged], encoder: PieceEncoder) -> Iterator[list[_Piece]]:
     batch: list[_Piece] = []
     size = 0
     for number, split, document in documents:

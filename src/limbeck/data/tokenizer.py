@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from limbeck.config import Recipe
+from limbeck.config import DatasetConfig, Recipe
 from limbeck.data.pieces import at_spaces
 from limbeck.data.sources import held_out, open_source
-from limbeck.errors import ConfigError, LimbeckError, MismatchError
+from limbeck.errors import LimbeckError, MismatchError
 from limbeck.models import resolve_model
 from limbeck.storage import read_json
 
@@ -147,22 +147,7 @@ def _id_error(name: str, number: object) -> LimbeckError:
 
 def recipe_tokenizer(recipe: Recipe) -> LoadedTokenizer:
     """The tokenizer a recipe means: named, trained in this run, or else the teacher's or the student's."""
-    if recipe.tokenizer.train_vocab_size is not None:
-        return load_tokenizer(str(recipe.root / "tokenizer"))
-    for name, part in (
-        (recipe.tokenizer.name, recipe.tokenizer),
-        (recipe.teacher.model, recipe.teacher),
-        (recipe.student.model, recipe.student),
-    ):
-        if name is not None:
-            remote_code = getattr(part, "trust_remote_code", False)
-            return load_tokenizer(name, part.revision, remote_code)
-    if recipe.teacher.is_remote or recipe.teacher.cache_dir is not None:
-        raise ConfigError("no tokenizer: name the teacher's own, `--tokenizer FOLDER_OR_HUB_ID`.")
-    raise ConfigError(
-        "no tokenizer: tokenizer.name, tokenizer.train_vocab_size, teacher.model and student.model are all unset. "
-        "Set one of them."
-    )
+    return load_tokenizer(*recipe.tokenizer_source)
 
 
 def require_same(first: str, second: str, first_name: str, second_name: str) -> None:
@@ -174,23 +159,21 @@ def require_same(first: str, second: str, first_name: str, second_name: str) -> 
         )
 
 
-def train_tokenizer(recipe: Recipe, folder: Path) -> LoadedTokenizer:
+def train_tokenizer(dataset: DatasetConfig, vocab_size: int, folder: Path) -> LoadedTokenizer:
     """Train a byte-level BPE (GPT-2's pre-tokenisation) on the training documents and save it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    size = recipe.tokenizer.train_vocab_size
-    assert size is not None
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=size,
+        vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_training_texts(recipe), trainer)
+    tokenizer.train_from_iterator(_training_texts(dataset), trainer)
     hf = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, pad_token=END_OF_TEXT
     )
@@ -198,7 +181,7 @@ def train_tokenizer(recipe: Recipe, folder: Path) -> LoadedTokenizer:
     return load_tokenizer(str(folder))
 
 
-def _training_texts(recipe: Recipe) -> Iterator[str]:
-    for document in islice(open_source(recipe.dataset).documents(), recipe.dataset.max_samples):
-        if not held_out(document.key, recipe.dataset.validation_fraction):
+def _training_texts(dataset: DatasetConfig) -> Iterator[str]:
+    for document in islice(open_source(dataset).documents(), dataset.max_samples):
+        if not held_out(document.key, dataset.validation_fraction):
             yield from at_spaces(document.chunks())

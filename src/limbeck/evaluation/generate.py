@@ -1,18 +1,17 @@
 """A sample of what a model writes: transformers' own generate, seeded."""
 
-from limbeck.config import Recipe
+from limbeck.config import ModelSource
+from limbeck.config.recipe import GenerationConfig
 from limbeck.data.tokenizer import load_tokenizer
-from limbeck.models import load_causal_lm
-from limbeck.teachers.choose import choose_device
+from limbeck.models import load_frozen
 
 
-def generate(recipe: Recipe, model_name: str) -> str:
-    """Continue `generation.prompt` with the model in a folder; returns prompt and continuation."""
+def write_sample(settings: GenerationConfig, model_name: str, device: str | None = None) -> str:
+    """Continue the prompt with the model in a folder; returns prompt and continuation."""
     from transformers import set_seed
 
-    settings = recipe.generation
     tokenizer = load_tokenizer(model_name).hf
-    model = load_causal_lm(model_name, dtype="auto").to(choose_device(recipe.training.device)).eval()
+    model = load_frozen(ModelSource(model_name), "auto", device)
     set_seed(settings.seed)
     inputs = tokenizer(settings.prompt, return_tensors="pt").to(model.device)
     sampling = (

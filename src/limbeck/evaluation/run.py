@@ -1,23 +1,26 @@
 """Evaluate a recipe's models: the student, the CE baseline and the teacher, on the same held-out rows."""
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from limbeck.config import Recipe
-from limbeck.console import say
+from limbeck.config import ModelSource, Recipe
+from limbeck.console import warn
 from limbeck.data.dataset import PackedDataset
 from limbeck.data.tokenizer import LoadedTokenizer, load_tokenizer, recipe_tokenizer, require_same
 from limbeck.errors import LimbeckError
 from limbeck.evaluation.suites import Subject, Suite, suites_of, table
-from limbeck.models import choose_dtype, load_causal_lm, require_packing, verified_transform
+from limbeck.models import load_frozen, require_packing, verified_transform
 from limbeck.storage import atomic_write_text
-from limbeck.teachers.choose import choose_device
+from limbeck.teachers.base import Teacher
+from limbeck.teachers.http import UnreachableError
+from limbeck.teachers.sources import TeacherSource, scoring_source
 
 
 def evaluate_recipe(recipe: Recipe, models: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """Scores of each named model folder, and of the teacher first when the recipe names one.
+    """Scores of each named model folder, and first of the teacher where it is in this process.
 
     Raises:
         LimbeckError: no held-out rows, or a model with another tokenizer than the data's.
@@ -29,35 +32,45 @@ def evaluate_recipe(recipe: Recipe, models: dict[str, str]) -> dict[str, dict[st
         )
     tokenizer = recipe_tokenizer(recipe)
     rows.check(tokenizer)
-    suites, teacher = suites_of(recipe), None
+    suites = suites_of(recipe.evaluation.suites)
+    attention, remote_code = recipe.dataset.attention, recipe.student.trust_remote_code
     results: dict[str, dict[str, Any]] = {}
+    with contextlib.ExitStack() as stack:
+        teacher = _teacher(scoring_source(recipe), tokenizer, rows)
+        if teacher is not None:
+            stack.callback(teacher.close)
 
-    def score(name: str, model: Any) -> None:
-        subject = Subject(name, model.eval(), tokenizer, rows, teacher, recipe)
-        results[name] = {key: value for suite in suites for key, value in suite.run(subject).items()}
+        def score(name: str, model: Any) -> None:
+            top_k, size = recipe.teacher.top_k or 64, recipe.evaluation.batch_size
+            subject = Subject(name, model, tokenizer, rows, teacher, attention, top_k, size)
+            results[name] = {key: value for suite in suites for key, value in suite.run(subject).items()}
 
-    if recipe.teacher.model is not None and not recipe.teacher.is_remote:
-        section = recipe.teacher
-        source: dict[str, Any] = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
-        teacher = _load(recipe, recipe.teacher.model, tokenizer, section.dtype, section.device, **source)
-        score("teacher", teacher)
-    if recipe.teacher.is_remote:
-        say("no KL to the teacher in the table: it is remote. The run's log has it for the held-out rows (eval_steps)")
-    for name, folder in models.items():
-        score(name, _load(recipe, folder, tokenizer, "auto", trust_remote_code=recipe.student.trust_remote_code))
+        if teacher is not None and teacher.model is not None:
+            score("teacher", teacher.model)
+        for name, folder in models.items():
+            source = ModelSource(folder, None, remote_code)
+            score(name, _load(source, tokenizer, recipe.training.device, attention, recipe.packed_dir))
     return results
 
 
-def _load(
-    recipe: Recipe, name: str, tokenizer: LoadedTokenizer, dtype: str, device: str | None = None, **source: Any
-) -> Any:
-    own = load_tokenizer(name, **source)
-    require_same(own.hash, tokenizer.hash, f"model {name}", f"data {recipe.packed_dir}")
-    where = choose_device(device or recipe.training.device)
-    model = load_causal_lm(name, dtype=choose_dtype(dtype, where), **source).to(where)
+def _teacher(source: TeacherSource | None, tokenizer: LoadedTokenizer, rows: PackedDataset) -> Teacher | None:
+    """The teacher that the models are compared with; one that has gone away leaves its columns out."""
+    if source is None:
+        return None
+    try:
+        return source.open(tokenizer, rows)
+    except UnreachableError as error:
+        warn(f"the table is made without the teacher, which is not there ({error}). Once it is, `limbeck eval` adds it")
+        return None
+
+
+def _load(source: ModelSource, tokenizer: LoadedTokenizer, device: str | None, attention: str, data: Path) -> Any:
+    own = load_tokenizer(*source)
+    require_same(own.hash, tokenizer.hash, f"model {source.name}", f"data {data}")
+    model = load_frozen(source, "auto", device)
     verified_transform(model)
-    if recipe.dataset.attention == "per_document":
-        require_packing(model, name)
+    if attention == "per_document":
+        require_packing(model, source.name)
     return model
 
 

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from limbeck.config import Recipe
 from limbeck.data.dataset import PackedDataset
 from limbeck.data.tokenizer import LoadedTokenizer
-from limbeck.evaluation.fidelity import evaluate
-from limbeck.registry import SUITES
+from limbeck.evaluation.fidelity import score_model
+from limbeck.registry import SUITES, Choice
+from limbeck.teachers.base import Teacher
 
 
 class Column(NamedTuple):
@@ -34,16 +34,20 @@ class Subject:
         model: a causal LM on its device, in eval mode.
         tokenizer: the data's and its own.
         rows: the held-out rows.
-        teacher: the teacher's causal LM, where it is in this process.
-        recipe: for settings that all suites share.
+        teacher: the teacher, where there is one that has something to say of the rows.
+        attention: per_document or packed, as it was trained.
+        top_k: ids of the teacher that are kept, where it was distilled from such.
+        batch_size: rows in a forward pass.
     """
 
     name: str
     model: Any
     tokenizer: LoadedTokenizer
     rows: PackedDataset
-    teacher: Any
-    recipe: Recipe
+    teacher: Teacher | None
+    attention: str
+    top_k: int
+    batch_size: int
 
 
 class Suite(ABC):
@@ -66,35 +70,37 @@ class Fidelity(Suite):
         Column("perplexity", "perplexity", ".2f"),
         Column("bits_per_byte", "bits/byte", ".4f"),
         Column("kl_to_teacher", "KL to teacher", ".4f"),
+        Column("kl_to_teacher_at_least", "KL to teacher ≥", ".4f"),
+        Column("kl_to_teacher_estimate", "KL to teacher ≈", ".4f"),
         Column("top1_agreement", "top-1 agreement", ".1%"),
         Column("tokens_per_second", "tokens/s", ",.0f"),
     )
 
     def run(self, subject: Subject) -> dict[str, Any]:
         """`Scores`, as a dict."""
-        recipe = subject.recipe
-        scores = evaluate(
+        scores = score_model(
             subject.model,
             subject.rows,
             subject.tokenizer.byte_lengths(),
             teacher=subject.teacher,
-            top_k=recipe.teacher.top_k or 64,
-            attention=recipe.dataset.attention,
-            batch_size=recipe.evaluation.batch_size,
+            top_k=subject.top_k,
+            attention=subject.attention,
+            batch_size=subject.batch_size,
             label=f"evaluating {subject.name}",
             dummy_prefix=subject.tokenizer.dummy_prefix,
         )
         return asdict(scores)
 
 
-def suites_of(recipe: Recipe) -> list[Suite]:
-    """The recipe's suites, in order."""
-    return [SUITES.build(choice) for choice in recipe.evaluation.suites]
+def suites_of(choices: Sequence[Choice]) -> list[Suite]:
+    """The suites that `evaluation.suites` names, in order."""
+    return [SUITES.build(choice) for choice in choices]
 
 
 def table(results: dict[str, dict[str, Any]], suites: Sequence[Suite]) -> list[list[str]]:
-    """Rows of the comparison table, header first, from `{model: scores}`."""
-    columns = [column for suite in suites for column in suite.columns]
+    """Rows of the comparison table, header first, from `{model: scores}`; columns that hold nothing are left out."""
+    every = [column for suite in suites for column in suite.columns]
+    columns = [column for column in every if any(scores.get(column.key) is not None for scores in results.values())]
     body = [
         [name.replace("_", " "), *(_cell(scores.get(column.key), column.form) for column in columns)]
         for name, scores in results.items()

@@ -54,7 +54,7 @@ BLOCK_TYPES = {
 }
 
 
-def encode(tensor: TernaryTensor, kind: BlockType) -> Array:
+def encode_blocks(tensor: TernaryTensor, kind: BlockType) -> Array:
     """The tensor's blocks, uint8 `[..., R, C / columns · bytes]`.
 
     Raises:
@@ -103,7 +103,7 @@ def _pack_q4(codes: torch.Tensor) -> Array:
 _PACKERS = {"tq2_0": _pack_tq2, "tq1_0": _pack_tq1, "q2_0": _pack_q2, "q4_0": _pack_q4}
 
 
-def decode(data: Array, kind: BlockType, columns: int) -> Array:
+def decode_blocks(data: Array, kind: BlockType, columns: int) -> Array:
     """Weights float32 `[..., C]` of stored blocks, by the gguf package's decoder (ours for q2_0, which it lacks)."""
     blocks = data.reshape(-1, kind.bytes)
     if kind.name == "q2_0":

@@ -5,7 +5,6 @@ can not hold is refused before a byte is written; then tensors are read, packed 
 """
 
 import contextlib
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,11 +16,11 @@ import torch
 from limbeck.console import progress
 from limbeck.errors import LimbeckError
 from limbeck.export.architectures.base import Architecture, Target, architecture
-from limbeck.export.blocks import BLOCK_TYPES, Array, BlockType, encode
+from limbeck.export.blocks import BLOCK_TYPES, Array, BlockType, encode_blocks
 from limbeck.export.disk import DiskTensors
 from limbeck.export.source import ternary_settings
 from limbeck.export.vocabulary import add_vocabulary
-from limbeck.storage import commit_file
+from limbeck.storage import commit_file, temporary_for
 from limbeck.students.ternary import TernaryTensor, group_width, quantise
 
 _FILE_TYPES = {"tq2_0": 37, "tq1_0": 36, "q2_0": 41, "q4_0": 2, "f16": 1}
@@ -143,7 +142,7 @@ class GGUFExport:
         arch, chosen = self.architecture, self.choose(tensors)
         planned = self.plan(tensors, chosen)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        partial = temporary_for(path, own=True)
         writer = gguf.GGUFWriter(partial, arch.name)
         try:
             writer.add_name(self.folder.resolve().parent.name if self.folder.name == "final" else self.folder.name)
@@ -184,7 +183,7 @@ def _storage(kind: str, shape: tuple[int, ...]) -> tuple[int, int]:
 def stored(part: TernaryTensor | torch.Tensor, kind: str) -> Array:
     """A tensor's bytes as they go into the file: blocks of codes and scales, or f32, f16 and q8_0 values."""
     if isinstance(part, TernaryTensor):
-        return encode(part, BLOCK_TYPES[kind])
+        return encode_blocks(part, BLOCK_TYPES[kind])
     array: Array = part.contiguous().numpy()
     if kind == "q8_0":
         from gguf import GGMLQuantizationType, quants

@@ -4,7 +4,6 @@ The one idea: the folder is a transformers checkpoint whose `quantization_config
 `import limbeck`, `from_pretrained` makes modules that unpack in use, with exactly training's codes and scales.
 """
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,16 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from limbeck.export.source import Source
+from limbeck.export.source import ExportSource
 from limbeck.models import load_causal_lm
-from limbeck.storage import commit_folder, read_json, write_json
+from limbeck.storage import commit_folder, read_json, temporary_for, write_json
 from limbeck.students.quantizer import float8_key, pack_codes, packed_key, to_float8
 
 _DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32, "fp8": torch.bfloat16}
 _NOT_COPIED = {"config.json", "model.safetensors.index.json", "manifest.json"}
 
 
-def export_packed(source: Source, target: Path, rest: str = "bf16") -> dict[str, Any]:
+def export_packed(source: ExportSource, target: Path, rest: str = "bf16") -> dict[str, Any]:
     """Write the packed checkpoint; returns sizes in bytes and bits a ternary weight.
 
     Args:
@@ -30,7 +29,7 @@ def export_packed(source: Source, target: Path, rest: str = "bf16") -> dict[str,
         rest: precision of everything that is not ternary: bf16, f16 or f32; or fp8: matrices as float8 with a scale a
             row, the rest bf16.
     """
-    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    partial = temporary_for(target, own=True)
     partial.mkdir(parents=True)
     try:
         return _write(source, partial, target, rest)
@@ -38,7 +37,7 @@ def export_packed(source: Source, target: Path, rest: str = "bf16") -> dict[str,
         shutil.rmtree(partial, ignore_errors=True)  # what a failed write left; nothing after a finished one
 
 
-def _write(source: Source, partial: Path, target: Path, rest: str) -> dict[str, Any]:
+def _write(source: ExportSource, partial: Path, target: Path, rest: str) -> dict[str, Any]:
     tensors: dict[str, torch.Tensor] = {}
     ternary_bytes = weights = 0
     seen: set[int] = set()
@@ -71,7 +70,7 @@ def _write(source: Source, partial: Path, target: Path, rest: str) -> dict[str, 
     return {"bytes": total, "bits_per_ternary_weight": 8.0 * ternary_bytes / max(weights, 1)}
 
 
-def verify_packed(source: Source, target: Path) -> bool:
+def verify_packed(source: ExportSource, target: Path) -> bool:
     """Load the packed checkpoint as its users do; True when every code and scale is training's."""
     model = load_causal_lm(str(target), dtype="auto")
     modules = dict(model.named_modules())

@@ -1,35 +1,38 @@
 """`limbeck export`: from a run's folder to a file that other programs read, with proof if wanted."""
 
 import contextlib
-import glob
 import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from limbeck.config import Recipe
+from limbeck.config.recipe import ExportConfig
 from limbeck.console import say
 from limbeck.errors import ConfigError, LimbeckError
-from limbeck.export.source import Source, model_folder, ternary_settings
-from limbeck.storage import folder_lock, plain_disk_errors
+from limbeck.export.source import ExportSource, model_folder, ternary_settings
+from limbeck.storage import folder_lock, leftovers_of, plain_disk_errors
 
 
-def export_student(recipe: Recipe, *, verify: bool = False) -> dict[str, Any]:
-    """Write what `recipe.export` asks for; returns paths, sizes and, with `verify`, the comparison.
+def export_student(section: ExportConfig, run: Path, name: str, *, verify: bool = False) -> dict[str, Any]:
+    """Write what the section asks for; returns paths, sizes and, with `verify`, the comparison.
+
+    Args:
+        section: format, types and where the file goes.
+        run: a run's folder, a student's or a model's.
+        name: of a GGUF file whose name is not given.
+        verify: compare what was written with the student.
 
     Raises:
         LimbeckError: there is no model, it can not be expressed in the format, or the file is not exactly it.
     """
-    section = recipe.export
-    run = section.input or recipe.root
     folder = model_folder(run)
     _check_group(folder, section.group_size)
     before = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     result = {"model": str(folder), "checkpoint_mb": before / 1e6}
     if section.format == "packed":
-        return {**result, **_packed(recipe, run, folder, verify)}
-    return {**result, **_gguf(recipe, run, folder, verify)}
+        return {**result, **_packed(section, run, folder, verify)}
+    return {**result, **_gguf(section, run, folder, f"{name}.gguf", verify)}
 
 
 def _default_output(run: Path, folder: Path, name: str) -> Path:
@@ -40,7 +43,7 @@ def _default_output(run: Path, folder: Path, name: str) -> Path:
 def _own(target: Path) -> Iterator[None]:
     """Be the only one who writes `target`, and say in one line when the disk will not have it."""
     with plain_disk_errors(target), folder_lock(target.parent, f".{target.name}.lock"):
-        for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):  # by one that was killed
+        for left in leftovers_of(target):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         yield
 
@@ -54,16 +57,16 @@ def _check_group(folder: Path, wanted: int | None) -> None:
         )
 
 
-def _packed(recipe: Recipe, run: Path, folder: Path, verify: bool) -> dict[str, Any]:
+def _packed(section: ExportConfig, run: Path, folder: Path, verify: bool) -> dict[str, Any]:
     from limbeck.export.packed import export_packed, verify_packed
 
-    source = Source.open(folder)
+    source = ExportSource.open(folder)
     if not source.ternary:
         raise LimbeckError(f"{folder} has no ternary weights to pack. Train it with student.ternary.")
-    target = recipe.export.output or _default_output(run, folder, "packed")
+    target = section.output or _default_output(run, folder, "packed")
     target.parent.mkdir(parents=True, exist_ok=True)
     with _own(target):
-        found = export_packed(source, target, recipe.export.rest)
+        found = export_packed(source, target, section.rest)
     say(f"packed checkpoint in {target}")
     result = {
         "output": str(target),
@@ -77,13 +80,11 @@ def _packed(recipe: Recipe, run: Path, folder: Path, verify: bool) -> dict[str, 
     return result
 
 
-def _gguf(recipe: Recipe, run: Path, folder: Path, verify: bool) -> dict[str, Any]:
+def _gguf(section: ExportConfig, run: Path, folder: Path, name: str, verify: bool) -> dict[str, Any]:
     from limbeck.export.gguf import GGUFExport
     from limbeck.export.verify import compare_with_llama_cpp, held_out_rows, weights_equal
 
-    section = recipe.export
     export = GGUFExport(folder, section.type, section.embedding)
-    name = f"{run.resolve().name if section.input else recipe.name}.gguf"
     target = section.output or _default_output(run, folder, name)
     if target.suffix != ".gguf":
         target = target / name

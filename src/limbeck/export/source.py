@@ -48,7 +48,7 @@ def ternary_settings(folder: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Source:
+class ExportSource:
     """A model on disk, with what is ternary in it.
 
     Attributes:
@@ -62,7 +62,7 @@ class Source:
     ternary: frozenset[str]
 
     @classmethod
-    def open(cls, path: Path) -> "Source":
+    def open(cls, path: Path) -> "ExportSource":
         """Load the model of a run.
 
         Raises:

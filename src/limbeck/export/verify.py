@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from limbeck.data.dataset import PackedDataset
-from limbeck.export.blocks import BLOCK_TYPES, Array, decode, teach_gguf_q2
+from limbeck.export.blocks import BLOCK_TYPES, Array, decode_blocks, teach_gguf_q2
 from limbeck.export.disk import DiskTensors
 from limbeck.export.gguf import GGUFExport, Planned, stored
 from limbeck.models import load_causal_lm
@@ -45,7 +45,7 @@ def _same(entry: Planned, data: Array, export: GGUFExport, tensors: DiskTensors)
         return False
     if not isinstance(part, TernaryTensor):
         return True
-    decoded = decode(data, BLOCK_TYPES[entry.kind], entry.shape[-1]).reshape(entry.shape)
+    decoded = decode_blocks(data, BLOCK_TYPES[entry.kind], entry.shape[-1]).reshape(entry.shape)
     return bool(np.array_equal(decoded, part.dequantise().numpy()))
 
 

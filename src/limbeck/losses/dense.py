@@ -10,6 +10,8 @@ import math
 
 import torch
 
+from limbeck.config import LossConfig
+from limbeck.config.base import default
 from limbeck.data.dataset import IGNORE
 from limbeck.losses.divergences import LOG_NOTHING, Divergence
 from limbeck.registry import DIVERGENCES
@@ -21,10 +23,10 @@ def dense_distillation_loss(
     labels: torch.Tensor,
     targets: SparseTargets | None = None,
     *,
-    alpha: float = 0.5,
-    temperature: float = 2.0,
+    alpha: float = default(LossConfig, "alpha"),
+    temperature: float = default(LossConfig, "temperature"),
     divergence: Divergence | str = "forward_kl",
-    tail: str = "bucket",
+    tail: str = default(LossConfig, "tail"),
 ) -> torch.Tensor:
     """(1−α)·CE + α·τ²·D, mean over labelled positions.
 

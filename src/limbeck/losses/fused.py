@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from limbeck.config import LossConfig
+from limbeck.config.base import default
 from limbeck.data.dataset import IGNORE
 from limbeck.losses.blocks import BlockLoss, BlockSettings, Sums
 from limbeck.losses.divergences import Divergence
@@ -55,10 +57,10 @@ def fused_distillation_loss(
     targets: SparseTargets | None = None,
     *,
     bias: torch.Tensor | None = None,
-    alpha: float = 0.5,
-    temperature: float = 2.0,
+    alpha: float = default(LossConfig, "alpha"),
+    temperature: float = default(LossConfig, "temperature"),
     divergence: Divergence | str = "forward_kl",
-    tail: str = "bucket",
+    tail: str = default(LossConfig, "tail"),
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     num_items: torch.Tensor | float | None = None,

@@ -13,13 +13,10 @@ from typing import Any
 from torch import nn
 
 from limbeck.config import LRMultiplier, OptimizerConfig
+from limbeck.config.training import DEFAULT_RATES
 from limbeck.errors import ConfigError
-from limbeck.optim.muon import MatrixLayout
+from limbeck.models import MatrixLayout, hidden_matrices
 
-_ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
-_HEADS = re.compile(r"(^|\.)([qkv]_proj|q_b_proj|qkv_proj|query_key_value|c_attn|Wqkv|in_proj_qkvz?)\.weight$")
-#: Gate and up projection one above the other; GraniteMoe and JetMoe call them `input_linear`.
-_GATE_UP = re.compile(r"(^|\.)(gate_up_proj|input_linear)(\.weight)?$")
 #: State-space parameters that are no matrices between hidden states, whatever their shape.
 _NO_DECAY = re.compile(r"(^|\.)(A_log|dt_bias|D)$")
 
@@ -118,7 +115,7 @@ def _settings(
     section: Any = getattr(optimizer, algorithm)
     rate = section.learning_rate or (learning_rate if algorithm == optimizer.for_matrices else None)
     own: dict[str, Any] = {
-        "lr": rate or {"muon": 0.02, "lion": 1e-4, "adamw": 3e-4}[algorithm],
+        "lr": rate or DEFAULT_RATES[algorithm],
         "weight_decay": weight_decay if section.weight_decay is None else section.weight_decay,
     }
     if algorithm == "muon":
@@ -195,73 +192,6 @@ def check_groups(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> None:
             raise ConfigError(f"optimizer: {aliases[0]} is claimed by {' and '.join(owners)}; leave it in one group.")
         if not owners and parameter.requires_grad:
             raise ConfigError(f"optimizer: no group claims {aliases[0]}; add it to one or freeze it.")
-
-
-def hidden_matrices(model: nn.Module, *, split_heads: bool = True) -> dict[str, MatrixLayout]:
-    """The parameters that are matrices between hidden states, by name, and how they hold them.
-
-    These are the weights of linear layers and the fused 3-D experts; not embeddings, output head, routers,
-    gates of one column, convolutions, norms and biases.
-    """
-    config = getattr(model, "config", None)
-    hidden_size = getattr(config, "hidden_size", None)
-    outside = {id(parameter) for parameter in _embeddings(model)}
-    found = {}
-    for prefix, module in model.named_modules():
-        owner = prefix.rpartition(".")[0]
-        for leaf, parameter in module.named_parameters(recurse=False):
-            name = f"{prefix}.{leaf}" if prefix else leaf
-            linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-            experts = parameter.ndim == 3 and ("expert" in name or "ParallelExperts" in type(module).__name__)
-            if (
-                not ((linear and parameter.ndim == 2) or experts)
-                or id(parameter) in outside
-                or _ROUTER.search(name)
-                or name.endswith("bias")
-                or min(parameter.shape[-2:]) < 2
-            ):
-                continue
-            transposed = _is_transposed(module, leaf, parameter, hidden_size)
-            out = parameter.shape[-1 if transposed else -2]
-            rows = 0
-            if _GATE_UP.search(name) and getattr(module, "is_concatenated", True) and out % 2 == 0:
-                rows = out // 2
-            elif split_heads and _HEADS.search(name):
-                rows = _head_rows(model.get_submodule(owner) if owner else model, config, out, prefix)
-            found[name] = MatrixLayout(rows, transposed)
-    return found
-
-
-def _embeddings(model: Any) -> list[nn.Parameter]:
-    held = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return [*held, *([head.weight] if head is not None else [])]
-
-
-def _is_transposed(module: nn.Module, leaf: str, parameter: nn.Parameter, hidden_size: int | None) -> bool:
-    """True for `[in, out]` weights: GPT-2's Conv1D, and experts whose gate/up reads hidden states from rows."""
-    if parameter.ndim == 2:
-        return type(module).__name__ == "Conv1D"
-    if hasattr(module, "is_transposed"):
-        return bool(module.is_transposed)
-    if hidden_size is None or parameter.shape[-1] == parameter.shape[-2]:
-        return False
-    return bool(parameter.shape[-1 if "down" in leaf else -2] == hidden_size)
-
-
-def _head_rows(attention: nn.Module, config: Any, out: int, name: str = "") -> int:
-    """Rows of one head when `out` rows are whole heads of one width; 0 when they are not."""
-    latent = getattr(attention, "qk_head_dim", None)  # DeepSeek: queries have a part with and one without positions
-    if latent is not None and name.rpartition(".")[2] in ("q_proj", "q_b_proj"):
-        return int(latent) if out > latent and out % latent == 0 else 0
-    key, value = getattr(attention, "head_k_dim", None), getattr(attention, "head_v_dim", None)
-    if key is not None and key != value:  # linear attention whose keys and values differ in width
-        return 0
-    width = key if key is not None else getattr(attention, "head_dim", None)
-    if width is None and config is not None:
-        heads = getattr(config, "num_attention_heads", None)
-        width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
-    return int(width) if width and out > width and out % width == 0 else 0
 
 
 def describe_groups(groups: Sequence[Mapping[str, Any]], model: nn.Module) -> str:

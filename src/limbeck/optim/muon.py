@@ -10,7 +10,6 @@ Source: Jordan et al., "Muon" (2024); c as in torch.optim.Muon: √max(1, R/C) o
 Shapes: n matrices of R rows and C columns.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,44 +17,11 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from limbeck.models import bfloat16_is_fast
+from limbeck.models import MatrixLayout, bfloat16_is_fast
 
 Tensor = torch.Tensor
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _BATCH_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}
-
-
-@dataclass(frozen=True)
-class MatrixLayout:
-    """How a parameter holds matrices.
-
-    Attributes:
-        rows: rows of one matrix; 0 when the last two dimensions are one matrix.
-        transposed: True when outputs are columns (GPT-2's Conv1D, some experts), so that `rows` counts columns.
-    """
-
-    rows: int = 0
-    transposed: bool = False
-
-    def split(self, tensor: Tensor) -> Tensor:
-        """`[..., R·k, C]` to the `[n, R, C]` matrices in it."""
-        oriented = tensor.mT if self.transposed else tensor
-        rows = self.rows or oriented.shape[-2]
-        return oriented.reshape(-1, rows, oriented.shape[-1])
-
-    def join(self, matrices: Tensor, shape: torch.Size) -> Tensor:
-        """The inverse of `split`."""
-        if not self.transposed:
-            return matrices.reshape(shape)
-        return matrices.reshape(*shape[:-2], shape[-1], shape[-2]).mT
-
-    def factor(self, shape: torch.Size, adjust_lr: str) -> float:
-        """c: what the learning rate is multiplied by for matrices of a parameter of this shape."""
-        out, into = (shape[-1], shape[-2]) if self.transposed else (shape[-2], shape[-1])
-        rows = self.rows or out
-        if adjust_lr == "match_rms_adamw":
-            return 0.2 * math.sqrt(max(rows, into))
-        return math.sqrt(max(1.0, rows / into))
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:

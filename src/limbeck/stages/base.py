@@ -8,10 +8,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from limbeck.config import Recipe
+from limbeck.data.tokenizer import recipe_tokenizer
 from limbeck.folders import StageFolder
+
+if TYPE_CHECKING:
+    from limbeck.teachers.sources import TeacherSource
 
 
 class Stage(ABC):
@@ -75,3 +79,9 @@ class Stage(ABC):
     def text(self, found: dict[str, Any]) -> str | None:
         """The same for a person; `found` is what `read` gave."""
         return None
+
+
+def check_source(recipe: Recipe, source: "TeacherSource") -> None:
+    """Find out whether a recipe's teacher can be had, unless its tokenizer is still to be made."""
+    if recipe.tokenizer.train_vocab_size is None:
+        source.check(recipe_tokenizer(recipe))

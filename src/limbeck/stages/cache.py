@@ -7,7 +7,7 @@ from limbeck.config import Recipe
 from limbeck.folders import StageFolder
 from limbeck.manifests import CacheManifest
 from limbeck.registry import STAGES
-from limbeck.stages.base import Stage
+from limbeck.stages.base import Stage, check_source
 
 
 @STAGES.register("cache")
@@ -24,19 +24,20 @@ class CacheStage(Stage):
         for own in recipe.training_recipes():
             if own.distils and own.teacher.reads_cache:
                 name, after = f"cache{own.data_name}", [f"pack{own.data_name}"]
-                found.setdefault(name, cls(own, name, own.cache_dir, after=after, named=own.teacher.cache_dir))
+                found.setdefault(name, cls(own, name, own.cache_dir, after=after, named=own.teacher.cache.dir))
         return list(found.values())
 
     def inputs(self) -> dict[str, Any]:
         """The teacher, the rows, and what is kept of its predictions."""
         from limbeck.teachers.build_cache import cache_inputs
 
-        gone = self.recipe.teacher.model is None and not self.recipe.teacher.is_remote
-        if gone:  # a cache brought from elsewhere, without its teacher
-            recorded = StageFolder(self.path, self.command, {}).recorded_inputs()
-            if recorded:
-                return recorded
-        return cache_inputs(self.recipe)
+        return self._brought() or cache_inputs(self.recipe)
+
+    def _brought(self) -> dict[str, Any]:
+        """What a cache from elsewhere was made from, where there is one and its teacher is not at hand."""
+        if self.recipe.teacher.model is not None or self.recipe.teacher.is_remote:
+            return {}
+        return StageFolder(self.path, self.command, {}).recorded_inputs()
 
     def make(self, folder: StageFolder, *, force: bool) -> CacheManifest | None:
         """Run the teacher over the rows."""
@@ -45,7 +46,8 @@ class CacheStage(Stage):
         return build_cache(self.recipe, folder, force=force)
 
     def check(self) -> None:
-        """The endpoint is there."""
-        from limbeck.teachers.choose import check_endpoint
+        """The teacher can be had."""
+        from limbeck.teachers.sources import making_source
 
-        check_endpoint(self.recipe)
+        if not self._brought():
+            check_source(self.recipe, making_source(self.recipe))

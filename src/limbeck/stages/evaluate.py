@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from limbeck.config import Recipe
+from limbeck.data.tokenizer import recipe_tokenizer
 from limbeck.errors import ConfigError
 from limbeck.folders import StageFolder
 from limbeck.manifests import EvaluationManifest, PackedManifest, StudentManifest
-from limbeck.models import model_identity
 from limbeck.plugins import plugin_identity
 from limbeck.registry import STAGES
 from limbeck.stages.base import Stage
@@ -37,16 +37,17 @@ class EvaluateStage(Stage):
 
     def inputs(self) -> dict[str, Any]:
         """The students, the rows, the teacher, and what is measured."""
+        from limbeck.teachers.sources import scoring_source
+
         recipe = self.recipe
-        teacher = None if recipe.teacher.is_remote else recipe.teacher.model
+        teacher = scoring_source(recipe)
         return {
             "packed": PackedManifest.read(recipe.packed_dir).fingerprint,
             "students": {name: StudentManifest.read(path).weights for name, path in self.students.items()},
-            "teacher": model_identity(teacher, recipe.teacher.revision) if teacher else None,
+            "teacher": teacher.inputs(recipe_tokenizer(recipe)) if teacher else None,
             "attention": recipe.dataset.attention,
             "max_rows": recipe.evaluation.max_rows,
             "top_k": recipe.teacher.top_k,
-            "dtype": recipe.teacher.dtype,
             "suites": recipe.evaluation.model_dump(mode="json", include={"suites"})["suites"],
             "plugins": plugin_identity(recipe.plugins),
         }
@@ -58,7 +59,7 @@ class EvaluateStage(Stage):
 
         folder.begin(replace=force)
         results = evaluate_recipe(self.recipe, {name: str(path / "final") for name, path in self.students.items()})
-        write_results(folder.path, results, suites_of(self.recipe))
+        write_results(folder.path, results, suites_of(self.recipe.evaluation.suites))
         EvaluationManifest(fingerprint=folder.fingerprint).write(folder.path)
 
     def check(self) -> None:
@@ -74,4 +75,4 @@ class EvaluateStage(Stage):
         """The table."""
         from limbeck.evaluation.suites import suites_of, table_text
 
-        return table_text(found["evaluation"], suites_of(self.recipe))
+        return table_text(found["evaluation"], suites_of(self.recipe.evaluation.suites))

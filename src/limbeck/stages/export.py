@@ -41,9 +41,8 @@ class ExportStage(Stage):
         recipe, sizes = self.recipe, dict[str, Any]()
         for kind in recipe.pipeline.export:
             output = folder.path / ("packed" if kind == "packed" else f"{recipe.name}.gguf")
-            changes = {"input": recipe.student_dir, "output": output, "format": kind}
-            own = recipe.model_copy(update={"export": recipe.export.model_copy(update=changes)})
-            sizes.update(export_student(own, verify=True))
+            section = recipe.export.model_copy(update={"output": output, "format": kind})
+            sizes.update(export_student(section, recipe.student_dir, recipe.name, verify=True))
         write_json(folder.path / "sizes.json", {key: sizes[key] for key in _SIZES if key in sizes})
         ExportManifest(fingerprint=folder.fingerprint).write(folder.path)
 

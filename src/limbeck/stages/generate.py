@@ -29,10 +29,12 @@ class GenerateStage(Stage):
 
     def make(self, folder: StageFolder, *, force: bool) -> None:
         """Write."""
-        from limbeck.evaluation.generate import generate
+        from limbeck.evaluation.generate import write_sample
 
+        recipe = self.recipe
         folder.begin(replace=force)
-        atomic_write_text(folder.path / "sample.txt", generate(self.recipe, str(self.recipe.student_dir / "final")))
+        text = write_sample(recipe.generation, str(recipe.student_dir / "final"), recipe.training.device)
+        atomic_write_text(folder.path / "sample.txt", text)
         SampleManifest(fingerprint=folder.fingerprint).write(folder.path)
 
     def read(self) -> dict[str, Any]:

@@ -36,5 +36,7 @@ class TokenizerStage(Stage):
     def make(self, folder: StageFolder, *, force: bool) -> None:
         """Train it."""
         folder.begin(replace=force)
-        trained = train_tokenizer(self.recipe, folder.path)
+        size = self.recipe.tokenizer.train_vocab_size
+        assert size is not None  # else there is no such stage
+        trained = train_tokenizer(self.recipe.dataset, size, folder.path)
         TokenizerManifest(fingerprint=folder.fingerprint, hash=trained.hash).write(folder.path)

@@ -10,7 +10,7 @@ from limbeck.errors import ConfigError
 from limbeck.folders import StageFolder
 from limbeck.manifests import StudentManifest
 from limbeck.registry import STAGES
-from limbeck.stages.base import Stage
+from limbeck.stages.base import Stage, check_source
 
 
 @STAGES.register("train")
@@ -55,13 +55,13 @@ class TrainStage(Stage):
 
     def make(self, folder: StageFolder, *, force: bool) -> StudentManifest | None:
         """Train."""
-        from limbeck.training.phases import train
+        from limbeck.training.phases import train_recipe
 
-        return train(self.recipe, folder, force=force)
+        return train_recipe(self.recipe, folder, force=force)
 
     def check(self) -> None:
         """There is a student, its trackers are installed, and its teacher's endpoint is there."""
-        from limbeck.teachers.choose import check_endpoint
+        from limbeck.teachers.sources import training_source
 
         recipe = self.recipe
         if not (recipe.student.model or recipe.student.config or recipe.student.builder):
@@ -69,7 +69,7 @@ class TrainStage(Stage):
                 "no student: set student.model to pretrained weights or student.config to an architecture."
             )
         if recipe.distils and not recipe.teacher.reads_cache:
-            check_endpoint(recipe)
+            check_source(recipe, training_source(recipe))
         for tracker in recipe.training.report_to:
             if find_spec(tracker) is None:
                 raise ConfigError(

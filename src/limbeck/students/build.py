@@ -9,8 +9,7 @@ from typing import Any
 
 from limbeck.config import StudentConfig, TernaryConfig
 from limbeck.errors import ConfigError
-from limbeck.models import load_causal_lm
-from limbeck.optim.groups import hidden_matrices
+from limbeck.models import hidden_matrices, load_causal_lm
 from limbeck.registration import METHOD
 from limbeck.registry import STUDENTS
 from limbeck.students.ternary import TernaryState, apply_ternary
@@ -87,14 +86,14 @@ def choose_ternary(model: Any, config: TernaryConfig) -> list[str]:
     matrices = hidden_matrices(model)
     names = [name for name, _ in model.named_parameters()]
     patterns = {"linears": [".*"], "experts": [r"experts\."], "none": []}[config.preset]
-    chosen = {name for name in matrices if _matches(name, patterns)}
+    chosen = {name for name in matrices if _matches_any(name, patterns)}
     for pattern in config.patterns:
-        found = {name for name in names if _matches(name, [pattern])}
+        found = {name for name in names if _matches_any(name, [pattern])}
         if not found:
             raise ConfigError(f"student.ternary.patterns: {pattern!r} matches no parameter of {type(model).__name__}.")
         chosen |= found
     for pattern in config.exclude:
-        found = {name for name in chosen if _matches(name, [pattern])}
+        found = {name for name in chosen if _matches_any(name, [pattern])}
         if not found:
             raise ConfigError(f"student.ternary.exclude: {pattern!r} matches none of the weights that were chosen.")
         chosen -= found
@@ -106,7 +105,7 @@ def choose_ternary(model: Any, config: TernaryConfig) -> list[str]:
     return [name for name in names if name in chosen]
 
 
-def _matches(name: str, patterns: list[str]) -> bool:
+def _matches_any(name: str, patterns: list[str]) -> bool:
     try:
         return any(re.search(pattern, name) for pattern in patterns)
     except re.error as error:

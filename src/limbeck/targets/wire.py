@@ -114,7 +114,7 @@ def decode_targets(data: bytes) -> WireTargets:
     sizes = _sizes(flags, n_tau, count, top_k, vocab_size)
     if size != sum(sizes):
         raise CorruptError(f"{size} bytes of payload for {count} positions of K {top_k}, expected {sum(sizes)}")
-    parts = _cut(memoryview(data)[_HEADER.size :], sizes)
+    parts = _cut_tensors(memoryview(data)[_HEADER.size :], sizes)
     temperatures = tuple(float(t) for t in np.frombuffer(next(parts), "<f8"))
     used = np.frombuffer(next(parts), "<u2") if flags & _VARIABLE else None
     layout = IdLayout(top_k, vocab_size)
@@ -144,7 +144,7 @@ def decode_targets(data: bytes) -> WireTargets:
         **{name: tensor.reshape(rows, length, -1) for name, tensor in tensors.items()},
         temperatures=temperatures,
         vocab_size=vocab_size,
-        sampling_temperature=None if math.isnan(sampled_at) else _nearest(sampled_at, temperatures),
+        sampling_temperature=None if math.isnan(sampled_at) else _nearest_code(sampled_at, temperatures),
     )
     return WireTargets(targets, fingerprint.hex(), request.hex())
 
@@ -173,7 +173,7 @@ def _sizes(flags: int, n_tau: int, count: int, top_k: int, vocab_size: int) -> l
     ]
 
 
-def _cut(payload: memoryview, sizes: list[int]) -> Iterator[memoryview]:
+def _cut_tensors(payload: memoryview, sizes: list[int]) -> Iterator[memoryview]:
     start = 0
     for size in sizes:
         yield payload[start : start + size]
@@ -190,6 +190,6 @@ def _from_planes(data: memoryview, kind: str, shape: tuple[int, int]) -> Any:
     return np.ascontiguousarray(planes.T).view(kind).reshape(shape).astype(np.float32)
 
 
-def _nearest(value: float, temperatures: tuple[float, ...]) -> float:
+def _nearest_code(value: float, temperatures: tuple[float, ...]) -> float:
     """The declared temperature that a float32 stands for."""
     return min(temperatures, key=lambda temperature: abs(temperature - value))

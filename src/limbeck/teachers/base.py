@@ -1,6 +1,6 @@
-"""The Teacher protocol: packed rows in, SparseTargets out.
+"""What every teacher is: packed rows in, SparseTargets out.
 
-The one idea: whoever needs targets (the trainer, the cache, the evaluation) knows only this interface, so a
+The one idea: whoever needs targets (the trainer, the cache, the evaluation) knows only this class, so a
 teacher in this process, on disk or behind HTTP gives the same loss to within its stated error.
 
 Example of the contract, for rows [B, T]:
@@ -10,56 +10,66 @@ Example of the contract, for rows [B, T]:
     targets.token_ids[b, t]                 # support of the distribution of token t+1 of row b
 """
 
+from abc import ABC, abstractmethod
 from concurrent.futures import Future
-from typing import Protocol, runtime_checkable
+from typing import Any
 
-from limbeck.data.dataset import PackedRows
+from limbeck.data.dataset import PackedDataset, PackedRows
 from limbeck.targets.reference import Reference
 from limbeck.targets.sparse import SparseTargets
 
 
-@runtime_checkable
-class Teacher(Protocol):
+class Teacher(ABC):
     """Predicts the next token of every position of packed rows.
 
     Attributes:
         temperatures: the declared temperatures of its targets.
         vocab_size: ids it gives probability to.
-        in_workers: True when `targets` is file reading, fit for data loader workers; False when it computes
-            on a device and belongs in the training process.
+        attention: per_document or packed, what its targets are made with; None: it does not say.
+        identity: what it is known by, as a cache's manifest and a run's provenance record it.
+        in_workers: True when `targets` is file reading, fit for data loader workers (it must then survive pickling);
+            False when it computes on a device or waits for another machine.
+        ahead: batches worth asking for before they are needed; 0: it is asked for each in turn.
+        if_slow: what its user can do when a run waits for it; None: nothing but caching.
+        model: its causal LM where that is in this process, for scores of the teacher itself.
     """
 
     temperatures: tuple[float, ...]
     vocab_size: int
-    in_workers: bool
+    attention: str | None = None
+    identity: dict[str, Any] | None = None
+    in_workers: bool = False
+    ahead: int = 0
+    if_slow: str | None = None
+    model: Any = None
 
+    @abstractmethod
     def targets(self, rows: PackedRows) -> SparseTargets:
         """Targets of the rows, leading shape [B, T], aligned so that row t speaks of token t+1."""
 
+    @abstractmethod
     def template(self) -> SparseTargets:
         """Empty targets with this teacher's temperatures, vocabulary and sampling."""
 
+    def check(self, rows: PackedDataset) -> None:  # noqa: B027 (most predict whatever they are given)
+        """Refuse rows that it has no targets for.
 
-@runtime_checkable
-class DenseTeacher(Teacher, Protocol):
-    """A teacher that can give its whole distribution, for scores that must not depend on the stored ids."""
+        Raises:
+            MismatchError: names what the targets were made for and what the rows are.
+        """
 
-    def reference(self, rows: PackedRows) -> Reference:
-        """The distributions of the rows."""
-
-
-@runtime_checkable
-class AsyncTeacher(Teacher, Protocol):
-    """A teacher that works elsewhere, so that several batches can be asked for at once.
-
-    Attributes:
-        ahead: batches worth asking for before they are needed; 0: none.
-    """
-
-    ahead: int
+    def reference(self, rows: PackedRows) -> Reference | None:
+        """The whole distributions of the rows, for scores that must not depend on the stored ids; None: not known."""
+        return None
 
     def submit(self, rows: PackedRows) -> "Future[SparseTargets]":
-        """Start on the rows; cancelling the future drops them."""
+        """Start on the rows; cancelling the future drops them. A teacher that computes here answers at once."""
+        future: Future[SparseTargets] = Future()
+        try:
+            future.set_result(self.targets(rows))
+        except Exception as error:
+            future.set_exception(error)
+        return future
 
-    def close(self) -> None:
-        """Drop what is on its way, and the connections."""
+    def close(self) -> None:  # noqa: B027 (most hold nothing)
+        """Drop what is on its way, and whatever is held."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from limbeck import ranks
 from limbeck.config import Recipe
+from limbeck.config.teacher import CacheConfig
 from limbeck.console import progress, say
 from limbeck.data.dataset import PackedDataset, PackedRows
 from limbeck.data.tokenizer import recipe_tokenizer
@@ -21,9 +22,10 @@ from limbeck.folders import StageFolder
 from limbeck.manifests import CacheManifest, CacheShard, CacheSplit, PackedManifest
 from limbeck.targets.codec import CODEC_VERSION, CodecSpec
 from limbeck.targets.sparse import SparseTargets
+from limbeck.targets.spec import TargetSpec
 from limbeck.targets.store import ShardJournal, codec_record, write_shard
-from limbeck.teachers.base import AsyncTeacher, Teacher
-from limbeck.teachers.choose import open_source, target_inputs
+from limbeck.teachers.base import Teacher
+from limbeck.teachers.sources import making_source, target_spec
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,14 @@ class _Shard:
 
 def cache_inputs(recipe: Recipe) -> dict[str, Any]:
     """Everything the cached targets depend on, known without loading the teacher."""
-    teacher = recipe.teacher
+    section = recipe.teacher.cache
     return {
-        **target_inputs(recipe),
+        **making_source(recipe).inputs(recipe_tokenizer(recipe)),
         "packed": PackedManifest.read(recipe.packed_dir).fingerprint,
         "train_rows": recipe.dataset.train_rows,
-        "splits": sorted(teacher.splits),
-        "rows_per_shard": teacher.rows_per_shard,
-        "compression": teacher.compression,
+        "splits": sorted(section.splits),
+        "rows_per_shard": section.rows_per_shard,
+        "compression": section.compression,
         "codec_version": CODEC_VERSION,
     }
 
@@ -62,10 +64,10 @@ def build_cache(recipe: Recipe, folder: Path | StageFolder, *, force: bool = Fal
         LimbeckError: the packed data is missing or another tokenizer's, the folder holds another cache, `force` is not
             given and it has no backup folder, K exceeds the vocabulary, or the codec's round trip costs too much.
     """
-    tokenizer = recipe_tokenizer(recipe)
+    tokenizer, section = recipe_tokenizer(recipe), recipe.teacher.cache
     data: dict[str, PackedDataset] = {
         split: PackedDataset(recipe.packed_dir, split, recipe.dataset.train_rows if split == "train" else None)
-        for split in sorted(recipe.teacher.splits)
+        for split in sorted(section.splits)
     }
     first = next(iter(data.values()))
     if not any(map(len, data.values())):
@@ -75,31 +77,37 @@ def build_cache(recipe: Recipe, folder: Path | StageFolder, *, force: bool = Fal
         folder = StageFolder(folder, CacheManifest.command, cache_inputs(recipe))
     if folder.is_done() and not force:
         return CacheManifest.read(folder.path)
-    teacher = open_source(recipe, tokenizer)
-    with contextlib.ExitStack() as stack:
-        if isinstance(teacher, AsyncTeacher):
-            stack.callback(teacher.close)
-        return _fill(recipe, folder, teacher, data, force)
+    with contextlib.closing(making_source(recipe).open(tokenizer, first)) as teacher:
+        spec = codec_spec(target_spec(recipe), teacher.vocab_size)
+        return _fill(_Work(folder, section, teacher, spec, data), force)
 
 
-def _fill(
-    recipe: Recipe, stage: StageFolder, teacher: Teacher, data: dict[str, PackedDataset], force: bool
-) -> CacheManifest | None:
+@dataclass(frozen=True)
+class _Work:
+    """What is to be cached, and how."""
+
+    stage: StageFolder
+    section: CacheConfig
+    teacher: Teacher
+    spec: CodecSpec
+    data: dict[str, PackedDataset]
+
+
+def _fill(work: _Work, force: bool) -> CacheManifest | None:
     """This rank's shards, and on rank 0 the manifest once all ranks' are there."""
-    rank, world, folder = ranks.rank(), ranks.world_size(), stage.path
+    rank, world, stage = ranks.rank(), ranks.world_size(), work.stage
     with stage.lock(".lock" if world == 1 else f".lock-{rank}"):
         stage.begin(clean=world == 1, replace=force)
-        journal = ShardJournal(folder, rank)
-        plan = list(_plan(data, recipe.teacher.rows_per_shard))
+        journal = ShardJournal(stage.path, rank)
+        plan = list(_plan(work.data, work.section.rows_per_shard))
         mine = [shard for number, shard in enumerate(plan) if number % world == rank]
-        _make_shards(recipe, folder, teacher, data, mine, journal)
+        _make_shards(work, mine, journal)
         if rank > 0:
             return None
         ranks.wait_until(
             lambda: all(shard.file in journal.finished() for shard in plan), "the other ranks' shards of the cache"
         )
-        finished = journal.finished()
-        manifest = _manifest(stage, codec_spec(teacher, recipe), data, plan, finished).write(folder)
+        manifest = _cache_manifest(work, plan, journal.finished()).write(stage.path)
         journal.remove()
     return manifest
 
@@ -110,31 +118,23 @@ def _plan(data: dict[str, PackedDataset], rows_per_shard: int) -> Iterator[_Shar
             yield _Shard(f"{split}-{number:05d}.h5", split, start, min(start + rows_per_shard, len(rows)))
 
 
-def _make_shards(
-    recipe: Recipe,
-    folder: Path,
-    teacher: Teacher,
-    data: dict[str, PackedDataset],
-    shards: list[_Shard],
-    journal: ShardJournal,
-) -> None:
-    spec = codec_spec(teacher, recipe)
-    done = journal.finished()
+def _make_shards(work: _Work, shards: list[_Shard], journal: ShardJournal) -> None:
+    done, folder = journal.finished(), work.stage.path
     if any(shard.file in done for shard in shards):
         say(f"continuing after {sum(shard.file in done for shard in shards)} finished shards in {folder}")
     started, positions = time.perf_counter(), 0
     with progress("caching teacher targets (rows)", sum(shard.stop - shard.start for shard in shards)) as bar:
         bar.advance(sum(shard.stop - shard.start for shard in shards if shard.file in done))
         missing = [shard for shard in shards if shard.file not in done]
-        for shard, targets in zip(missing, _targets(teacher, missing, data), strict=True):
+        for shard, targets in zip(missing, _targets(work.teacher, missing, work.data), strict=True):
             record, loss = write_shard(
                 folder / shard.file,
                 targets,
-                spec,
+                work.spec,
                 split=shard.split,
                 first_row=shard.start,
-                compression=recipe.teacher.compression,
-                max_kl=recipe.teacher.max_kl,
+                compression=work.section.compression,
+                max_kl=work.section.max_kl,
             )
             journal.add({**record, "roundtrip_kl": loss.worst_kl, "teacher_mass": _mass(targets)})
             positions += targets.token_ids.shape[:2].numel()
@@ -150,7 +150,7 @@ def _targets(teacher: Teacher, shards: list[_Shard], data: dict[str, PackedDatas
     def rows(shard: _Shard) -> PackedRows:
         return data[shard.split].rows(range(shard.start, shard.stop))
 
-    if not isinstance(teacher, AsyncTeacher):
+    if not teacher.ahead:
         yield from (teacher.targets(rows(shard)) for shard in shards)
         return
     pending = [teacher.submit(rows(shard)) for shard in shards[:1]]
@@ -166,28 +166,23 @@ def _mass(targets: SparseTargets) -> float:
     return float(log_p.exp().sum(dim=-1).mean())
 
 
-def codec_spec(teacher: Teacher, recipe: Recipe) -> CodecSpec:
-    """The codec's parameters for a teacher's targets."""
-    sampling = recipe.teacher.sampling
+def codec_spec(spec: TargetSpec, vocab_size: int) -> CodecSpec:
+    """The codec's parameters for targets of a vocabulary."""
+    support, sampling = spec.support_of(vocab_size), spec.sampling
     if sampling is None:
-        return CodecSpec(recipe.teacher.top_k or teacher.vocab_size, teacher.vocab_size, teacher.temperatures)
+        return CodecSpec(support, vocab_size, spec.temperatures)
     return CodecSpec(
-        sampling.head + sampling.draws,
-        teacher.vocab_size,
-        teacher.temperatures,
+        support,
+        vocab_size,
+        spec.temperatures,
         head=sampling.head,
         num_draws=sampling.draws,
-        sampling_temperature=teacher.template().sampling_temperature,
+        sampling_temperature=spec.sampling_temperature,
     )
 
 
-def _manifest(
-    stage: StageFolder,
-    spec: CodecSpec,
-    data: dict[str, PackedDataset],
-    plan: list[_Shard],
-    finished: dict[str, dict[str, Any]],
-) -> CacheManifest:
+def _cache_manifest(work: _Work, plan: list[_Shard], finished: dict[str, dict[str, Any]]) -> CacheManifest:
+    data, stage = work.data, work.stage
     first = next(iter(data.values()))
     splits = {}
     for split in data:
@@ -199,11 +194,11 @@ def _manifest(
     masses = [record["teacher_mass"] for record in finished.values()]
     return CacheManifest(
         fingerprint=stage.fingerprint,
-        teacher=stage.inputs["teacher"],
+        teacher=work.teacher.identity or {},
         tokenizer=first.manifest.tokenizer.hash,
-        attention=stage.inputs["attention"],
+        attention=work.teacher.attention or stage.inputs["attention"],
         max_length=first.max_length,
-        codec=codec_record(spec),
+        codec=codec_record(work.spec),
         splits=splits,
         positions=positions,
         bytes_per_position=round(size / positions, 2),

@@ -6,7 +6,6 @@ and which stops the run at once with the reason.
 """
 
 import asyncio
-import json
 import random
 import threading
 import time
@@ -17,9 +16,11 @@ from typing import Any, TypeVar
 
 import httpx2
 
+from limbeck.config.base import default
+from limbeck.config.teacher import RemoteTeacherConfig
 from limbeck.console import printable, warn
 from limbeck.errors import ConfigError, CorruptError, LimbeckError
-from limbeck.teachers.compression import ACCEPTED, BodyReader, DamagedError, TooLargeError
+from limbeck.teachers.bodies import ACCEPTED, BodyReader, DamagedError, TooLargeError, encode_body
 
 T = TypeVar("T")
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 30.0
@@ -95,8 +96,8 @@ class Endpoint:
     in_a_row: int = 0  # failures since the last answer
     rests_until: float = 0.0  # it failed: others are asked first for a while
     reached: bool = False  # it has answered before
-    doubts: int = 0  # connections that broke or are new: another model may answer there now …
-    cleared: int = 0  # … and how many of them there were when the last check began
+    unverified: int = 0  # connections that broke or are new: another model may answer there now …
+    verified: int = 0  # … and how many of them there were when the last check began
     check_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def at(self, path: str) -> str:
@@ -126,9 +127,9 @@ class TeacherClient:
         urls: Sequence[str],
         *,
         api_key: str | None = None,
-        timeout: float = 120.0,
-        retries: int = 14,
-        max_concurrent: int = 8,
+        timeout: float = default(RemoteTeacherConfig, "timeout"),
+        retries: int = default(RemoteTeacherConfig, "retries"),
+        max_concurrent: int = default(RemoteTeacherConfig, "max_concurrent"),
     ) -> None:
         self._key, self._timeout, self._retries = api_key, timeout, retries
         self._loop = asyncio.new_event_loop()
@@ -262,7 +263,7 @@ class TeacherClient:
                     return found
             except _TransientError as error:
                 failed = endpoint
-                endpoint.doubts += 1
+                endpoint.unverified += 1
                 endpoint.failures += 1
                 if time.monotonic() >= endpoint.rests_until:  # requests that fail together are one failure
                     endpoint.in_a_row += 1
@@ -303,20 +304,20 @@ class TeacherClient:
     async def _recheck(self, endpoint: Endpoint) -> None:
         """After a failure, and before an answer over a new connection is taken: is it still the same model?
 
-        Only a check that began after the doubt clears it.
+        Only a check that began after the connection changed counts.
         """
-        doubts = endpoint.doubts
-        if endpoint.cleared >= doubts or self.recheck is None:
+        count = endpoint.unverified
+        if endpoint.verified >= count or self.recheck is None:
             return
         async with endpoint.check_lock:
-            if endpoint.cleared >= doubts:
+            if endpoint.verified >= count:
                 return
-            began = endpoint.doubts
+            began = endpoint.unverified
             try:
                 await self.recheck(endpoint)
             except UnreachableError as error:
                 raise _TransientError(str(error.__cause__ or error)) from None
-            endpoint.cleared = max(endpoint.cleared, began)
+            endpoint.verified = max(endpoint.verified, began)
 
     async def _attempt(self, endpoint: Endpoint, query: Query) -> Any:
         reply, is_new = await self._once(endpoint, "POST", query.path, query.body, query.max_bytes)
@@ -330,7 +331,7 @@ class TeacherClient:
                 f"{self.words(reply)}. `limbeck teacher probe {endpoint.url}` shows what it takes."
             )
         if is_new:
-            endpoint.doubts += 1
+            endpoint.unverified += 1
             await self._recheck(endpoint)
         try:
             return await asyncio.to_thread(query.parse, reply)
@@ -384,11 +385,6 @@ class TeacherClient:
 
     def _hide(self, text: str) -> str:
         return text.replace(self._key, "…") if self._key else text
-
-
-def encode_body(body: dict[str, Any]) -> bytes:
-    """A request's JSON as it is sent."""
-    return json.dumps(body, separators=(",", ":")).encode()
 
 
 def _retry_after(reply: Reply) -> float:

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from limbeck.config import SamplingConfig
+from limbeck.config.base import default
+from limbeck.config.teacher import LocalTeacherConfig
 from limbeck.data.dataset import PackedRows
-from limbeck.errors import ConfigError
 from limbeck.models import (
     OutputHead,
     head_replaced,
@@ -27,6 +28,8 @@ from limbeck.models import (
 )
 from limbeck.targets.sampling import sample_targets
 from limbeck.targets.sparse import SparseTargets, concatenate
+from limbeck.targets.spec import TargetSpec
+from limbeck.teachers.base import Teacher
 
 #: Logits projected at once: enough rows that the head's weights are not read over and over …
 _CHUNK_BYTES = {"cpu": 160 << 20, "cuda": 512 << 20}
@@ -34,7 +37,7 @@ _CHUNK_BYTES = {"cpu": 160 << 20, "cuda": 512 << 20}
 _BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
 
 
-class LocalTeacher:
+class LocalTeacher(Teacher):
     """Runs a causal LM and keeps a sparse support of its predictions.
 
     Args:
@@ -48,6 +51,7 @@ class LocalTeacher:
         device: moved there once; default where the model is.
         vocab_size: ids from here on are padding of the embedding (the tokenizer has no token for them) and get
             probability 0; default: the model's logits are all tokens.
+        identity: what the model is known by.
 
     Raises:
         ConfigError: K exceeds the vocabulary, 1 is not among the temperatures, or `attention` is per_document and the
@@ -58,20 +62,19 @@ class LocalTeacher:
         >>> targets = teacher.targets(dataset.rows([0, 1]))  # [2, T, 64]
     """
 
-    in_workers = False
-
     def __init__(
         self,
         model: Any,
         *,
-        top_k: int | None = 64,
-        temperatures: tuple[float, ...] = (1.0, 2.0),
+        top_k: int | None = TargetSpec.top_k,
+        temperatures: tuple[float, ...] = TargetSpec.temperatures,
         attention: str = "per_document",
         sampling: SamplingConfig | None = None,
         sampling_temperature: float | None = None,
-        max_batch_tokens: int = 8192,
+        max_batch_tokens: int = default(LocalTeacherConfig, "max_batch_tokens"),
         device: str | torch.device | None = None,
         vocab_size: int | None = None,
+        identity: dict[str, Any] | None = None,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         if device is not None:
@@ -80,58 +83,29 @@ class LocalTeacher:
         self._head = OutputHead(model, vocab_size)
         self.vocab_size = self._head.vocab_size
         self._budget = max_batch_tokens
-        self._ask(top_k, temperatures, attention, sampling, sampling_temperature)
+        self.identity = identity
+        self._give(TargetSpec(top_k, tuple(temperatures), attention, sampling, sampling_temperature))
 
-    def asking(
-        self,
-        *,
-        top_k: int | None,
-        temperatures: tuple[float, ...],
-        attention: str = "per_document",
-        sampling: SamplingConfig | None = None,
-        sampling_temperature: float | None = None,
-    ) -> "LocalTeacher":
-        """The same model asked for other targets; nothing is loaded or copied. Arguments and errors of the class."""
+    def with_spec(self, spec: TargetSpec) -> "LocalTeacher":
+        """The same model giving other targets; nothing is loaded or copied. Raises as the class does."""
         other = copy.copy(self)
-        other._ask(top_k, temperatures, attention, sampling, sampling_temperature)
+        other._give(spec)
         return other
 
-    def _ask(
-        self,
-        top_k: int | None,
-        temperatures: tuple[float, ...],
-        attention: str,
-        sampling: SamplingConfig | None,
-        sampling_temperature: float | None,
-    ) -> None:
-        self.temperatures = tuple(temperatures)
-        self.attention = attention
-        self._top_k, self._sampling = top_k, sampling
-        self._sampling_temperature = sampling_temperature or max(self.temperatures)
-        if attention == "per_document" and not self.keeps_documents_apart:
+    def _give(self, spec: TargetSpec) -> None:
+        self.spec, self.temperatures, self.attention = spec, spec.temperatures, spec.attention
+        if spec.attention == "per_document" and not self.keeps_documents_apart:
             refuse_mixed_documents(self.model, "teacher")
-        if 1.0 not in self.temperatures:
-            raise ConfigError(f"the declared temperatures are {list(temperatures)}; 1 must be one of them.")
-        support = top_k if sampling is None else sampling.head + sampling.draws
-        if support is not None and support > self.vocab_size:
-            raise ConfigError(
-                f"teacher.top_k (K) is {support} and the teacher's vocabulary has {self.vocab_size} ids. "
-                "Lower teacher.top_k, or set it to null for the whole vocabulary."
-            )
+        spec.check(self.vocab_size)
 
     @cached_property
     def keeps_documents_apart(self) -> bool:
         """True when the model can do `attention: per_document`."""
         return keeps_documents_apart(self.model)
 
-    @property
-    def sampling_temperature(self) -> float | None:
-        """The temperature of the draws, None without sampling."""
-        return self._sampling_temperature if self._sampling is not None else None
-
     def template(self) -> SparseTargets:
         """Empty targets with this teacher's temperatures, vocabulary and sampling."""
-        return SparseTargets.empty(self.temperatures, self.vocab_size, self.sampling_temperature)
+        return SparseTargets.empty(self.temperatures, self.vocab_size, self.spec.sampling_temperature)
 
     @torch.no_grad()
     def targets(self, rows: PackedRows) -> SparseTargets:
@@ -146,7 +120,7 @@ class LocalTeacher:
         """The model's own logits `[B, T, V]` in float32, on the CPU; for vocabularies and rows that are small."""
         device = next(self.model.parameters()).device
         with torch.autocast(device.type, enabled=False):
-            outputs = self.model(**rows.to(device).model_inputs(self.attention))
+            outputs = self.model(**rows.to(device).model_inputs(self.spec.attention))
         logits: torch.Tensor = outputs.logits[..., : self.vocab_size].float().cpu()
         return logits
 
@@ -157,7 +131,7 @@ class LocalTeacher:
         step = max(1, self._budget // rows.input_ids.shape[1])
         parts = [rows.slice(start, start + step).to(device) for start in range(0, len(rows.input_ids), step)]
         with torch.autocast(device.type, enabled=False):
-            hidden = torch.cat([last_hidden_states(self.model, **p.model_inputs(self.attention)) for p in parts])
+            hidden = torch.cat([last_hidden_states(self.model, **p.model_inputs(self.spec.attention)) for p in parts])
         return LocalReference(hidden.reshape(-1, hidden.shape[-1]), self._head)
 
     def _pass(self, rows: PackedRows) -> SparseTargets:
@@ -172,34 +146,31 @@ class LocalTeacher:
 
         # Autocast is the student's; the teacher speaks in the precision of its own weights.
         with torch.autocast(device.type, enabled=False), head_replaced(head, targets_of):
-            self.model(**moved.model_inputs(self.attention))
+            self.model(**moved.model_inputs(self.spec.attention))
         shape = moved.input_ids.shape
         return found[0].with_tensors({n: t.reshape(*shape, t.shape[-1]) for n, t in found[0].tensors().items()})
 
     def _from_hidden(self, hidden: torch.Tensor, batch: PackedRows) -> SparseTargets:
         rows, length, width = hidden.shape
-        if self._sampling is not None:  # the draws of a row depend on the row alone, not on its batch
+        if self.spec.sampling is not None:  # the draws of a row depend on the row alone, not on its batch
             drawn = (self._sampled(self._head.logits(hidden[i]), batch.slice(i, i + 1)) for i in range(rows))
             return concatenate(list(drawn))
         flat, kind = hidden.reshape(-1, width), hidden.device.type
-        chunk = min(_rows(_CHUNK_BYTES, kind, self.vocab_size), 512 if kind == "cpu" else rows * length)
-        block = _rows(_BLOCK_BYTES, kind, self.vocab_size)
-        parts = []
-        for start in range(0, rows * length, chunk):
-            logits = self._head.logits(flat[start : start + chunk])
-            parts += [
-                SparseTargets.from_logits(logits[i : i + block], self._top_k, self.temperatures)
-                for i in range(0, len(logits), block)
-            ]
-        return concatenate(parts)
+        chunk = self._head.positions_in(_CHUNK_BYTES.get(kind, _CHUNK_BYTES["cuda"]))
+        chunk = min(chunk, 512 if kind == "cpu" else rows * length)
+        block = self._head.positions_in(_BLOCK_BYTES.get(kind, _BLOCK_BYTES["cuda"]))
+        return concatenate([
+            SparseTargets.from_logits(logits[i : i + block], self.spec.top_k, self.temperatures)
+            for _, logits in self._head.walk(flat, chunk)
+            for i in range(0, len(logits), block)
+        ])  # fmt: skip
 
     def _sampled(self, logits: torch.Tensor, row: PackedRows) -> SparseTargets:
-        sampling = self._sampling
+        sampling, temperature = self.spec.sampling, self.spec.sampling_temperature
         assert sampling is not None
+        assert temperature is not None
         generator = torch.Generator(logits.device).manual_seed(_row_seed(sampling.seed, row))
-        return sample_targets(
-            logits, sampling.head, sampling.draws, self.temperatures, self._sampling_temperature, generator
-        )
+        return sample_targets(logits, sampling.head, sampling.draws, self.temperatures, temperature, generator)
 
 
 @dataclass(frozen=True)
@@ -223,8 +194,3 @@ def _row_seed(seed: int, row: PackedRows) -> int:
         return (seed << 32) + number + 1
     content = row.input_ids[0][row.doc_ids[0] >= 0].cpu().numpy().astype("<i8").tobytes()
     return int.from_bytes(hashlib.sha256(seed.to_bytes(8, "little") + content).digest()[:8], "little") >> 1
-
-
-def _rows(budget: dict[str, int], kind: str, vocab_size: int) -> int:
-    """Rows of float32 logits that fit a budget of bytes, at least one."""
-    return max(1, budget.get(kind, budget["cuda"]) // (4 * vocab_size))

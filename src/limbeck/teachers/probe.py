@@ -11,21 +11,23 @@ from typing import Any
 
 import torch
 
-from limbeck.config import Recipe
+from limbeck.config import Recipe, TeacherConfig
 from limbeck.console import printable
 from limbeck.data.dataset import PackedRows
 from limbeck.data.tokenizer import LoadedTokenizer, recipe_tokenizer
 from limbeck.errors import ConfigError, LimbeckError
-from limbeck.models import choose_dtype, load_causal_lm
+from limbeck.models import load_frozen
 from limbeck.registry import PROTOCOLS
 from limbeck.targets.sparse import SparseTargets
-from limbeck.teachers.choose import choose_device
+from limbeck.targets.spec import TargetSpec
+from limbeck.teachers.discovery import discover
 from limbeck.teachers.http import TeacherClient
 from limbeck.teachers.identity import connection
 from limbeck.teachers.local import LocalTeacher
-from limbeck.teachers.protocols.base import Ask, Facts
+from limbeck.teachers.protocols.base import EndpointInfo, WireSpec
 from limbeck.teachers.protocols.segments import CANARY
-from limbeck.teachers.remote import RemoteTeacher, check_ask, find_facts
+from limbeck.teachers.remote import RemoteTeacher, check_spec
+from limbeck.teachers.sources import target_spec
 
 _TEXT = (
     "The old still stood in a corner of the workshop. Every autumn it was filled, heated slowly and watched through "
@@ -36,72 +38,69 @@ _ROUNDS, _ROWS = 12, 4
 
 
 def probe(recipe: Recipe) -> dict[str, Any]:
-    """Facts about the recipe's first endpoint, as printed by `limbeck teacher probe`.
+    """What is found out about the recipe's first endpoint, as printed by `limbeck teacher probe`.
 
     Raises:
         ConfigError: no endpoint is named.
         UnreachableError, RefusedError: nobody answers there, or nobody who can be understood.
     """
-    section = recipe.teacher
-    if not section.is_remote:
+    section = recipe.teacher.remote
+    if not recipe.teacher.is_remote:
         raise ConfigError("no endpoint: `limbeck teacher probe http://HOST:PORT`.")
     tokenizer = _tokenizer_at_hand(recipe)
-    client = TeacherClient(section.endpoint[:1], **connection(recipe))
+    client = TeacherClient(section.endpoint[:1], **connection(section))
     try:
-        _, facts = client.run(find_facts(client, section.protocol, tokenizer, section.served_model))
+        known = discover(client, section.protocol, tokenizer, section.served_model)
     finally:
         client.close()
-    vocab_size = facts.vocab_size or section.vocab_size or (tokenizer.vocab_size if tokenizer else None)
-    wanted = section.top_k or 64
-    top_k = min(wanted, facts.max_top_k or wanted, vocab_size or wanted)
+    info = known.info
+    vocab_size = info.vocab_size or section.vocab_size or (tokenizer.vocab_size if tokenizer else None)
+    wanted = recipe.teacher.top_k or 64
+    top_k = min(wanted, info.max_top_k or wanted, vocab_size or wanted)
     found: dict[str, Any] = {
         "endpoint": section.endpoint[0],
-        "protocol": facts.protocol,
-        "model": facts.model,
-        "fingerprint": facts.fingerprint,
+        "protocol": info.protocol,
+        "model": info.model,
+        "fingerprint": info.fingerprint,
         "vocab_size": vocab_size,
-        "vocab_size_from": _vocabulary_source(recipe, facts.vocab_size, tokenizer),
-        "tokenizer": _tokenizer_agrees(facts.tokenizer, tokenizer),
-        "max_top_k": facts.max_top_k,
-        "max_tokens": facts.max_tokens,
-        "max_sequences": facts.max_sequences,
-        "temperatures": "any" if facts.temperatures else "1 only, whatever is asked",
+        "vocab_size_from": _vocabulary_source(section.vocab_size, info.vocab_size, tokenizer),
+        "tokenizer": _tokenizer_agrees(info.tokenizer, tokenizer),
+        "max_top_k": info.max_top_k,
+        "max_tokens": info.max_tokens,
+        "max_sequences": info.max_sequences,
+        "temperatures": "any" if info.temperatures else "1 only, whatever is asked",
         "top_k": top_k,
-        "notes": list(facts.notes),
+        "notes": list(info.notes),
     }
     teacher = RemoteTeacher.connect(
-        section.endpoint[:1], protocol=facts.protocol, top_k=top_k, temperatures=(1.0,), tokenizer=tokenizer,
+        section.endpoint[:1], protocol=info.protocol, top_k=top_k, temperatures=(1.0,), tokenizer=tokenizer,
         vocab_size=vocab_size or 1 << 24, model=section.served_model, full=section.logprobs == "float32",
-        approximate=True, max_request_tokens=section.max_request_tokens, **connection(recipe),
+        approximate=True, max_request_tokens=section.max_request_tokens, found=known, **connection(section),
     )  # fmt: skip
-    found["this_recipe"] = _verdict(recipe, facts, vocab_size)
+    found["this_recipe"] = _verdict(target_spec(recipe), section.tail, info, vocab_size)
     try:
         rows = _text_rows(tokenizer)
         found |= _speed(teacher, rows)
-        found["alignment"] = "by a changed token" if facts.protocol != "limbeck" else "rows are answered whole"
+        found["alignment"] = "by a changed token" if info.protocol != "limbeck" else "rows are answered whole"
         if tokenizer is not None:
             found["text"] = _shifts(teacher.targets(rows), rows)
-            if section.model is not None:
-                found["local"] = _against_local(recipe, teacher, rows, top_k)
+            if recipe.teacher.source is not None:
+                found["local"] = _against_local(recipe.teacher, recipe.training.device, teacher, rows)
     finally:
         teacher.close()
     return found
 
 
-def _verdict(recipe: Recipe, facts: Facts, vocab_size: int | None) -> str:
+def _verdict(wanted: TargetSpec, tail: str, info: EndpointInfo, vocab_size: int | None) -> str:
     """Whether the recipe's K, temperatures, attention and sampling can be had here."""
-    section = recipe.teacher
-    ask = Ask(
-        top_k=section.top_k, temperatures=recipe.temperatures, vocab_size=vocab_size or 1 << 24,
-        attention=recipe.dataset.attention, sampling=section.sampling, approximate=section.tail == "approximate",
-    )  # fmt: skip
+    spec = WireSpec(**vars(wanted), vocab_size=vocab_size or 1 << 24, approximate=tail == "approximate")
     try:
-        check_ask(ask, facts)
-        PROTOCOLS.get(facts.protocol)().supports(ask, facts)
+        check_spec(spec, info)
+        PROTOCOLS.get(info.protocol)().supports(spec, info)
     except LimbeckError as error:
         return f"would be refused: {error}"
-    wanted = f"K {ask.support}" if ask.top_k else "the whole vocabulary"
-    return f"can be taught: {wanted} at temperatures {', '.join(f'{t:g}' for t in ask.temperatures)}"
+    kept = f"K {spec.support}" if spec.top_k else "the whole vocabulary"
+    return f"can be taught: {kept} at temperatures {', '.join(f'{t:g}' for t in spec.temperatures)}"
 
 
 def _tokenizer_at_hand(recipe: Recipe) -> LoadedTokenizer | None:
@@ -117,10 +116,10 @@ def _tokenizer_agrees(told: str | None, own: LoadedTokenizer | None) -> str:
     return "the same" if told == own.hash else f"another: {told[:12]}, and {own.name} is {own.hash[:12]}"
 
 
-def _vocabulary_source(recipe: Recipe, told: int | None, tokenizer: LoadedTokenizer | None) -> str:
+def _vocabulary_source(given: int | None, told: int | None, tokenizer: LoadedTokenizer | None) -> str:
     if told is not None:
         return "the endpoint"
-    if recipe.teacher.vocab_size is not None:
+    if given is not None:
         return "teacher.vocab_size"
     return "the tokenizer" if tokenizer is not None else "unknown; name the tokenizer"
 
@@ -168,19 +167,16 @@ def _shifts(targets: SparseTargets, rows: PackedRows) -> dict[str, Any]:
     return shares
 
 
-def _against_local(recipe: Recipe, teacher: RemoteTeacher, rows: PackedRows, top_k: int) -> dict[str, Any]:
+def _against_local(
+    section: TeacherConfig, device: str | None, teacher: RemoteTeacher, rows: PackedRows
+) -> dict[str, Any]:
     """KL of the local teacher's top ids to the remote's, in nats a position."""
-    section = recipe.teacher
-    assert section.model is not None
-    device = choose_device(section.device or recipe.training.device)
+    assert section.source is not None
     try:
-        model = load_causal_lm(
-            section.model, revision=section.revision, trust_remote_code=section.trust_remote_code,
-            dtype=choose_dtype(section.dtype, device),
-        )  # fmt: skip
+        model = load_frozen(section.source, section.local.dtype, section.local.device or device)
     except LimbeckError as error:
         return {"skipped": f"{section.model} has no weights here ({str(error)[:80]})"}
-    local = LocalTeacher(model, top_k=top_k, temperatures=(1.0,), attention="packed", device=device)
+    local = LocalTeacher(model, top_k=teacher.spec.top_k, temperatures=(1.0,), attention="packed")
     own = local.targets(rows).to("cpu")
     other = teacher.targets(rows)
     size = max(own.vocab_size, other.vocab_size)
@@ -198,7 +194,7 @@ def _against_local(recipe: Recipe, teacher: RemoteTeacher, rows: PackedRows, top
 
 
 def report_text(found: dict[str, Any]) -> str:
-    """The facts for a reader, one a line."""
+    """The report for a reader, one a line."""
     lines = []
     for key, value in found.items():
         if key == "notes" or value is None:

@@ -18,44 +18,54 @@ from dataclasses import replace
 from typing import Any
 
 from limbeck.config import SamplingConfig
+from limbeck.config.base import default
+from limbeck.config.teacher import RemoteTeacherConfig
 from limbeck.console import printable, say
 from limbeck.data.dataset import PackedRows
 from limbeck.data.tokenizer import LoadedTokenizer, require_same
 from limbeck.errors import ConfigError, MismatchError
-from limbeck.registry import PROTOCOLS
 from limbeck.targets.sparse import SparseTargets
+from limbeck.targets.spec import TargetSpec
+from limbeck.teachers.base import Teacher
 from limbeck.teachers.check import check_targets
-from limbeck.teachers.http import Endpoint, RefusedError, TeacherClient, WrongAnswerError
-from limbeck.teachers.protocols.base import Ask, Facts, Session, Signature, WireProtocol
+from limbeck.teachers.discovery import Discovery, discover
+from limbeck.teachers.http import Endpoint, TeacherClient, WrongAnswerError
+from limbeck.teachers.protocols.base import EndpointInfo, Session, WireSpec
 from limbeck.teachers.signature import same_signature, signature_of
 
 _AGAIN = "One run needs one teacher: start the first one again and continue, or begin a new run."
 
 
-class RemoteTeacher:
-    """Targets over HTTP; fulfils `Teacher` and `AsyncTeacher`.
+class RemoteTeacher(Teacher):
+    """Targets over HTTP.
 
     Args:
         client: the connection; closed with the teacher.
-        protocol: how the endpoints are spoken to.
-        facts: what they say of themselves.
-        ask: what is wanted of them.
+        found: what is known of its endpoints.
+        spec: what is wanted of them.
         ahead: batches that a trainer asks for beyond the step at hand; 0 asks for each when it is needed.
+        identity: what the teacher is known by in a run's records.
 
     Raises:
-        ConfigError, RefusedError: the endpoint cannot give what is asked: K, temperatures, attention, sampling.
+        ConfigError, RefusedError: the endpoint cannot give what is wanted: K, temperatures, attention, sampling.
     """
 
-    in_workers = False
-
-    def __init__(self, client: TeacherClient, protocol: WireProtocol, facts: Facts, ask: Ask, ahead: int = 8) -> None:
-        self._client, self._protocol, self.facts, self.ask = client, protocol, facts, ask
-        self.ahead = ahead
-        self.attention = ask.attention
-        self.temperatures, self.vocab_size = ask.temperatures, ask.vocab_size
-        self._signature: Signature | None = None
-        check_ask(ask, facts)
-        protocol.supports(ask, facts)
+    def __init__(
+        self,
+        client: TeacherClient,
+        found: Discovery,
+        spec: WireSpec,
+        ahead: int = default(RemoteTeacherConfig, "micro_batches"),
+        identity: dict[str, Any] | None = None,
+    ) -> None:
+        self._client, self._found, self.spec = client, found, spec
+        self._protocol, self.info = found.protocol, found.info
+        self.ahead, self.identity, self.attention = ahead, identity, spec.attention
+        self.temperatures, self.vocab_size = spec.temperatures, spec.vocab_size
+        more = f"Raise teacher.micro_batches (now {ahead}) and teacher.max_concurrent"
+        self.if_slow = f"{more if ahead else 'Set teacher.parallel: true'}, add endpoints"
+        check_spec(spec, self.info)
+        self._protocol.supports(spec, self.info)
 
     @classmethod
     def connect(
@@ -63,8 +73,8 @@ class RemoteTeacher:
         urls: Sequence[str],
         *,
         protocol: str = "auto",
-        top_k: int | None = 64,
-        temperatures: tuple[float, ...] = (1.0, 2.0),
+        top_k: int | None = TargetSpec.top_k,
+        temperatures: tuple[float, ...] = TargetSpec.temperatures,
         attention: str = "per_document",
         tokenizer: LoadedTokenizer | None = None,
         vocab_size: int | None = None,
@@ -74,8 +84,10 @@ class RemoteTeacher:
         full: bool = False,
         reproducible: bool = True,
         approximate: bool = False,
-        max_request_tokens: int = 8192,
-        ahead: int = 8,
+        max_request_tokens: int = default(RemoteTeacherConfig, "max_request_tokens"),
+        ahead: int = default(RemoteTeacherConfig, "micro_batches"),
+        found: Discovery | None = None,
+        identity: dict[str, Any] | None = None,
         **connection: Any,
     ) -> "RemoteTeacher":
         """Find out what the endpoints are, check that they can do what is wanted, and test their alignment.
@@ -91,7 +103,8 @@ class RemoteTeacher:
             reproducible: share no forward pass with other requests (protocol limbeck).
             approximate: estimate normalisers that the protocol cannot give.
             max_request_tokens: tokens in one request.
-            ahead: see the class.
+            ahead, identity: see the class.
+            found: what is known of the first endpoint already.
             connection: api_key, timeout, retries, max_concurrent of `TeacherClient`.
 
         Raises:
@@ -100,26 +113,25 @@ class RemoteTeacher:
         """
         client = TeacherClient(urls, **connection)
         try:
-            spoken, facts = client.run(find_facts(client, protocol, tokenizer, model))
-            size = _vocabulary(facts, vocab_size, tokenizer, urls[0])
-            ask = Ask(
-                top_k=top_k, temperatures=tuple(temperatures), vocab_size=size, attention=attention,
-                model=facts.model or model, sampling=sampling,
-                sampling_temperature=(sampling_temperature or max(temperatures)) if sampling else None,
+            found = found or discover(client, protocol, tokenizer, model)
+            spec = WireSpec(
+                top_k=top_k, temperatures=tuple(temperatures), attention=attention, sampling=sampling,
+                sampling_temperature=sampling_temperature,
+                vocab_size=_vocabulary(found.info, vocab_size, tokenizer, urls[0]), model=found.info.model or model,
                 full=full, reproducible=reproducible, approximate=approximate, max_tokens=max_request_tokens,
             )  # fmt: skip
-            teacher = cls(client, spoken, facts, ask, ahead)
+            teacher = cls(client, found, spec, ahead, identity)
             client.run(teacher._begin())
         except BaseException:
             client.close()
             raise
         return teacher
 
-    # -- the Teacher protocol --------------------------------------------------------------------------
+    # -- as every teacher --------------------------------------------------------------------------
 
     def template(self) -> SparseTargets:
         """Empty targets with this teacher's temperatures, vocabulary and sampling."""
-        return SparseTargets.empty(self.temperatures, self.vocab_size, self.ask.sampling_temperature)
+        return SparseTargets.empty(self.temperatures, self.vocab_size, self.spec.sampling_temperature)
 
     def targets(self, rows: PackedRows) -> SparseTargets:
         """Targets `[B, T, ...]` of the rows; waits for them.
@@ -142,7 +154,7 @@ class RemoteTeacher:
 
     async def _fetch(self, rows: PackedRows) -> SparseTargets:
         rows = await asyncio.to_thread(rows.to, "cpu")  # off a GPU this waits for what runs there
-        queries = await asyncio.to_thread(self._protocol.queries, rows, self.ask, self.facts)
+        queries = await asyncio.to_thread(self._protocol.queries, rows, self.spec, self.info)
         tasks = [asyncio.ensure_future(self._client.send(query)) for query in queries]
         try:
             answers = await asyncio.gather(*tasks)
@@ -154,29 +166,31 @@ class RemoteTeacher:
         return await asyncio.to_thread(self._assembled, answers, rows)
 
     def _assembled(self, answers: Sequence[Any], rows: PackedRows) -> SparseTargets:
-        targets = self._protocol.targets(answers, rows, self.ask, self.facts)
-        check_targets(targets, f"the teacher's answer ({self.facts.protocol})")
+        targets = self._protocol.targets(answers, rows, self.spec, self.info)
+        check_targets(targets, f"the teacher's answer ({self.info.protocol})")
         return targets
 
     async def _begin(self) -> None:
-        """The alignment test, and a look at the model by which a later one is known."""
+        """Test the alignment of endpoints that are new, and that all of them are one model."""
         endpoints = self._client.endpoints
-        few = replace(self.ask, top_k=4, approximate=True)
+        few = replace(self.spec, top_k=4, approximate=True)
         for endpoint in endpoints:
+            if endpoint.url in self._found.aligned:
+                continue
             if await self._protocol.aligned(self._session(endpoint), few) is False:
                 raise WrongAnswerError(
                     f"the teacher at {endpoint.url} is misaligned: a changed token does not change its own row of "
-                    f"targets first. It does not speak protocol {self.facts.protocol} as specified."
+                    f"targets first. It does not speak protocol {self.info.protocol} as specified."
                 )
-        self._signature = await signature_of(self._protocol, self._session(endpoints[0]), self.ask, self.facts)
-        if self._signature is not None:  # answers of protocols with a fingerprint carry it themselves
+            self._found.aligned.add(endpoint.url)
+        if self._found.signature is not None:  # answers of protocols with a fingerprint carry it themselves
             self._client.recheck = self._recheck
         for endpoint in endpoints[1:]:
             both = f"the endpoints {endpoints[0].url} and {endpoint.url} serve different models"
             await self._compare(endpoint, both, again="Name endpoints of one model.")
 
     def _session(self, endpoint: Endpoint, *, patient: bool = True) -> Session:
-        return Session(self._client, endpoint, self.ask.model, patient)
+        return Session(self._client, endpoint, self.spec.model, patient)
 
     async def _recheck(self, endpoint: Endpoint) -> None:
         await self._compare(endpoint, f"the teacher at {endpoint.url} changed while this run went on", patient=False)
@@ -184,66 +198,36 @@ class RemoteTeacher:
     async def _compare(self, endpoint: Endpoint, what: str, *, again: str = _AGAIN, patient: bool = True) -> None:
         """Raises when the endpoint is another model than the first one was."""
         session = self._session(endpoint, patient=patient)
-        if self._signature is None:
-            facts = await self._protocol.describe(session)
-            if facts is None or facts.fingerprint != self.facts.fingerprint:
-                found = (facts.fingerprint or "unknown")[:12] if facts else "something else"
-                known = (self.facts.fingerprint or "")[:12]
+        if self._found.signature is None:
+            info = await self._protocol.describe(session)
+            if info is None or info.fingerprint != self.info.fingerprint:
+                found = (info.fingerprint or "unknown")[:12] if info else "something else"
+                known = (self.info.fingerprint or "")[:12]
                 raise WrongAnswerError(f"{what}: fingerprint {known} here, {found} there. {again}")
             return
-        now = await signature_of(self._protocol, session, self.ask, self.facts)
-        if now is None or not same_signature(self._signature, now):
+        now = await signature_of(self._protocol, session, self.spec, self.info)
+        if now is None or not same_signature(self._found.signature, now):
             raise WrongAnswerError(f"{what}: it gives other probabilities for the same tokens. {again}")
 
 
-async def find_facts(
-    client: TeacherClient, protocol: str, tokenizer: LoadedTokenizer | None, model: str | None
-) -> tuple[WireProtocol, Facts]:
-    """Which protocol the first endpoint speaks, and its facts.
-
-    Raises:
-        UnreachableError: nobody answers.
-        RefusedError: it speaks none of them, or not the one named.
-    """
-    endpoint = client.endpoints[0]
-    session = Session(client, endpoint, model)
-    await client.ask(endpoint, "/health")
-    for name in PROTOCOLS if protocol == "auto" else [protocol]:
-        spoken: WireProtocol = PROTOCOLS.get(name)(tokenizer)
-        facts = await spoken.describe(session)
-        if facts is not None:
-            return spoken, facts
-    hint = "" if tokenizer else " Protocol openai-echo needs a tokenizer (tokenizer.name or teacher.model)."
-    if protocol != "auto":
-        reasons = "; ".join(dict.fromkeys(session.heard)) or "it has nothing at that protocol's paths"
-        raise RefusedError(f"the teacher endpoint {endpoint.url} does not speak protocol {protocol}: {reasons}.{hint}")
-    tried = ", ".join(PROTOCOLS)
-    said = [words for words in dict.fromkeys(session.heard) if "status 404" not in words and "status 405" not in words]
-    hint += f" It said: {'; '.join(said[-2:])}." if said else ""
-    raise RefusedError(
-        f"the teacher endpoint {endpoint.url} answers, but not as any of: {tried}. Check the URL and the served "
-        f"model's name (teacher.served_model); docs/teachers.md says how each server is started.{hint}"
-    )
-
-
-def _vocabulary(facts: Facts, given: int | None, tokenizer: LoadedTokenizer | None, url: str) -> int:
+def _vocabulary(info: EndpointInfo, given: int | None, tokenizer: LoadedTokenizer | None, url: str) -> int:
     """V of the targets, once it does not contradict itself.
 
     Raises:
         MismatchError: another tokenizer, or logits narrower than the tokenizer.
         ConfigError: `teacher.vocab_size` is not what the endpoint has, or nobody knows.
     """
-    if tokenizer is not None and facts.tokenizer is not None:
-        require_same(facts.tokenizer, tokenizer.hash, f"teacher {url}", f"tokenizer {tokenizer.name}")
-    size = facts.vocab_size or given or (tokenizer.vocab_size if tokenizer else None)
+    if tokenizer is not None and info.tokenizer is not None:
+        require_same(info.tokenizer, tokenizer.hash, f"teacher {url}", f"tokenizer {tokenizer.name}")
+    size = info.vocab_size or given or (tokenizer.vocab_size if tokenizer else None)
     if size is None:
         raise ConfigError(
-            f"protocol {facts.protocol} does not tell the vocabulary's size. Name the tokenizer "
+            f"protocol {info.protocol} does not tell the vocabulary's size. Name the tokenizer "
             "(tokenizer.name or teacher.model), or set teacher.vocab_size."
         )
     if given is not None and given != size:
         raise ConfigError(f"teacher.vocab_size is {given} and the endpoint's logits have {size} ids. Unset the key.")
-    if tokenizer is not None and facts.tokenizer is None and given is None and size < tokenizer.vocab_size:
+    if tokenizer is not None and info.tokenizer is None and given is None and size < tokenizer.vocab_size:
         raise MismatchError(
             f"the teacher's logits have {size} ids and tokenizer {tokenizer.name} has {tokenizer.vocab_size}: it is "
             f"another vocabulary. Name the teacher's own tokenizer (if it is this one, set teacher.vocab_size: {size})."
@@ -251,34 +235,29 @@ def _vocabulary(facts: Facts, given: int | None, tokenizer: LoadedTokenizer | No
     return size
 
 
-def check_ask(ask: Ask, facts: Facts) -> None:
+def check_spec(spec: WireSpec, info: EndpointInfo) -> None:
     """Refuse a K or a temperature that the endpoint cannot give, before anything is asked for."""
-    if 1.0 not in ask.temperatures:
-        raise ConfigError(f"the declared temperatures are {list(ask.temperatures)}; 1 must be one of them.")
-    if ask.support > ask.vocab_size:
-        raise ConfigError(
-            f"teacher.top_k (K) is {ask.support} and the teacher's vocabulary has {ask.vocab_size} ids. Lower it."
-        )
-    if facts.max_top_k is not None and ask.support > facts.max_top_k:
+    spec.check(spec.vocab_size)
+    if info.max_top_k is not None and spec.support > info.max_top_k:
         cure = (
-            f"Restart it with --max-logprobs {ask.support}" if facts.protocol in ("vllm", "trl") else "Raise its limit"
+            f"Restart it with --max-logprobs {spec.support}" if info.protocol in ("vllm", "trl") else "Raise its limit"
         )
-        whole = " (the whole vocabulary)" if ask.top_k is None else ""
+        whole = " (the whole vocabulary)" if spec.top_k is None else ""
         raise ConfigError(
-            f"teacher.top_k is {ask.support}{whole} and the endpoint gives at most {facts.max_top_k} ids a position. "
+            f"teacher.top_k is {spec.support}{whole} and the endpoint gives at most {info.max_top_k} ids a position. "
             f"{cure}, or lower teacher.top_k."
         )
-    if not facts.temperatures and not ask.approximate and set(ask.temperatures) != {1.0}:
+    if not info.temperatures and not spec.approximate and set(spec.temperatures) != {1.0}:
         raise ConfigError(
-            f"loss.temperature wants targets at {[t for t in ask.temperatures if t != 1.0]} and protocol "
-            f"{facts.protocol} gives log-probabilities at temperature 1 whatever is asked. Set loss.temperature: 1, or "
+            f"loss.temperature wants targets at {[t for t in spec.temperatures if t != 1.0]} and protocol "
+            f"{info.protocol} gives log-probabilities at temperature 1 whatever is asked. Set loss.temperature: 1, or "
             "teacher.tail: approximate to estimate the rest, or serve the model with `limbeck teacher serve`."
         )
 
 
-def describe_connection(facts: Facts, urls: Sequence[str]) -> None:
+def describe_connection(info: EndpointInfo, urls: Sequence[str]) -> None:
     """Say who answers, and what its user should know."""
-    named = f", model {printable(facts.model)}" if facts.model else ""
-    say(f"teacher: {', '.join(urls)} ({facts.protocol}{named})")
-    for note in facts.notes:
+    named = f", model {printable(info.model)}" if info.model else ""
+    say(f"teacher: {', '.join(urls)} ({info.protocol}{named})")
+    for note in info.notes:
         say(f"  note: {printable(note)}")

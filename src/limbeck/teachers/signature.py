@@ -10,26 +10,28 @@ from typing import Any
 import numpy as np
 
 from limbeck.teachers.http import RefusedError
-from limbeck.teachers.protocols.base import Ask, Facts, Session, Signature, WireProtocol
+from limbeck.teachers.protocols.base import EndpointInfo, Session, Signature, WireProtocol, WireSpec
 from limbeck.teachers.protocols.segments import shared_gaps
 
 _OVERLAP, _GAP = 0.75, 0.1  # share of common ids; mean difference of their log-probabilities in nats
 
 
-async def signature_of(protocol: WireProtocol, session: Session, ask: Ask, facts: Facts) -> Signature | None:
+async def signature_of(
+    protocol: WireProtocol, session: Session, spec: WireSpec, info: EndpointInfo
+) -> Signature | None:
     """The signature of the model behind an endpoint; None for one that tells a fingerprint.
 
     Raises:
         UnreachableError, UnreadyError: it does not answer (now).
         RefusedError: it answers in another form, or has neither.
     """
-    found = await protocol.signature(session, ask)
-    if found is None and not facts.fingerprint:
+    found = await protocol.signature(session, spec)
+    if found is None and not info.fingerprint:
         raise RefusedError(
             f"the teacher at {session.endpoint.url} (protocol {protocol.name}) tells no fingerprint and gives no "
             "signature, so that nobody would notice if it were exchanged. Give its protocol one of them."
         )
-    return None if facts.fingerprint else found
+    return None if info.fingerprint else found
 
 
 def same_signature(one: Signature, other: Signature) -> bool:

@@ -71,7 +71,9 @@ def _waits(curves: Curves) -> str | None:
         return f"{share:.0%} of the time went into reading cached targets: raise training.dataloader_num_workers"
     cure = "cache the targets (teacher.use_cached_logits: true)"
     if recipe.teacher.is_remote:
-        cure = f"raise teacher.micro_batches ({recipe.teacher.micro_batches}) and teacher.max_concurrent, or {cure}"
+        cure = (
+            f"raise teacher.micro_batches ({recipe.teacher.remote.micro_batches}) and teacher.max_concurrent, or {cure}"
+        )
     return f"{share:.0%} of the time went into waiting for the teacher: {cure}"
 
 

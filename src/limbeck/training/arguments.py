@@ -13,8 +13,7 @@ from transformers import TrainingArguments
 
 from limbeck.config import LossConfig, LRMultiplier, OptimizerConfig, Recipe, SaddleConfig
 from limbeck.config.training import ScheduleConfig
-from limbeck.models import bfloat16_is_fast
-from limbeck.teachers.choose import choose_device
+from limbeck.models import bfloat16_is_fast, choose_device
 
 
 @dataclass

@@ -74,7 +74,7 @@ class CheckpointingTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save, seal, rename, and only then delete older checkpoints: at every instant a whole one exists."""
         started = time.perf_counter()
-        self._refuse_ruins()
+        self._refuse_nan_weights()
         folder, step = Path(self.args.output_dir), self.state.global_step
         if self._refused(folder):
             self._forget_unsaved_best(step)
@@ -125,7 +125,7 @@ class CheckpointingTrainer(Trainer):
             state = self.state
             state.best_global_step, state.best_metric, state.best_model_checkpoint = self._saved_best
 
-    def _refuse_ruins(self) -> None:
+    def _refuse_nan_weights(self) -> None:
         """Nothing is saved whose weights are not numbers."""
         held = [*self.model.parameters(), *self.objectives.parameters()]
         finite = all(bool(torch.isfinite(p.detach()).all()) for p in held)
@@ -213,7 +213,7 @@ class CheckpointingTrainer(Trainer):
             shutil.rmtree(folder)
         if self.is_fsdp_enabled:  # checkpoints may be sharded, the result is one model
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-        self._refuse_ruins()
+        self._refuse_nan_weights()
         problem = self._first_of_any_rank(first_failure([lambda: self.save_model(str(folder))]))
         if problem is not None:
             if self.args.should_save:

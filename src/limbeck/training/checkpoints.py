@@ -22,6 +22,7 @@ from limbeck.storage import (
     inside,
     read_json,
     sha256_file,
+    temporary_for,
 )
 
 LATEST = "latest"
@@ -35,7 +36,7 @@ _FULL = 0.90
 
 def partial_folder(folder: Path, step: int) -> Path:
     """Where checkpoint `step` is written before it is whole."""
-    return folder / f".step_{step}.tmp"
+    return temporary_for(folder / f"step_{step}")
 
 
 def commit(folder: Path, step: int) -> None:
@@ -112,7 +113,9 @@ def forget_after(folder: Path, step: int, own: str | None = None) -> None:
 
     Those made under the settings `own` stay: they are the run's, later than its start.
     """
-    dropped = [found for found in steps(folder) if found > step and (own is None or _settings(folder, found) != own)]
+    dropped = [
+        found for found in steps(folder) if found > step and (own is None or _group_settings(folder, found) != own)
+    ]
     if dropped:
         (folder / LATEST).unlink(missing_ok=True)
         if (folder / BEST).exists():
@@ -121,7 +124,7 @@ def forget_after(folder: Path, step: int, own: str | None = None) -> None:
         remove(folder / f"step_{later}")
 
 
-def _settings(folder: Path, step: int) -> str | None:
+def _group_settings(folder: Path, step: int) -> str | None:
     path = folder / f"step_{step}" / PROGRESS
     return read_json(path)["settings"] if path.is_file() else None
 
@@ -169,7 +172,7 @@ def publish_model(source: Path, target: Path) -> None:
 
     Weights are linked where the file system can, so that `best/` costs no room.
     """
-    partial = target.with_name(f".{target.name}.tmp")
+    partial = temporary_for(target)
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)

@@ -35,13 +35,13 @@ class RowCollator:
         length = max(len(item["input_ids"]) for item in items)
         rows = PackedRows(
             row_ids=torch.tensor([int(item.get("row_id", -1)) for item in items]),
-            input_ids=torch.stack([_fill(row, length, self._pad_id) for row in ids]),
-            doc_ids=torch.stack([_fill(row, length, -1) for row in docs]),
+            input_ids=torch.stack([_filled_up(row, length, self._pad_id) for row in ids]),
+            doc_ids=torch.stack([_filled_up(row, length, -1) for row in docs]),
         )
         labels = rows.labels
         if "labels" in items[0]:
             kept = (torch.as_tensor(item["labels"])[skip:] for item, skip in zip(items, padding, strict=True))
-            given = torch.stack([_fill(row, length, IGNORE) for row in kept])
+            given = torch.stack([_filled_up(row, length, IGNORE) for row in kept])
             labels[:, :-1][given[:, 1:] == IGNORE] = IGNORE
         batch: dict[str, Any] = {
             "row_ids": rows.row_ids,
@@ -70,5 +70,5 @@ def _leading_padding(docs: torch.Tensor) -> int:
     return int(used[0]) if len(used) else 0
 
 
-def _fill(row: torch.Tensor, length: int, value: int) -> torch.Tensor:
+def _filled_up(row: torch.Tensor, length: int, value: int) -> torch.Tensor:
     return torch.nn.functional.pad(row.long(), (0, length - len(row)), value=value)

@@ -105,20 +105,20 @@ def escape(parameters: Sequence[Tensor], loss_fn: LossFn, steps: int, seed: int 
         for exponent in range(13):
             for sign in (1.0, -1.0):
                 size = sign * scale * 1e-3 * 2.0**exponent
-                _place(parameters, start, curvature.direction, size)
+                _put(parameters, start, curvature.direction, size)
                 loss = float(loss_fn())
                 if loss < best:
                     best, chosen = loss, size
         if before - best > max(1e-4 * abs(before), 1e-9):
-            _place(parameters, start, curvature.direction, chosen)
+            _put(parameters, start, curvature.direction, chosen)
             return Escape("move", curvature, before, best)
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(len(curvature.direction), generator=generator).to(curvature.direction)
-        _place(parameters, start, noise / noise.norm(), scale * 1e-3)
+        _put(parameters, start, noise / noise.norm(), scale * 1e-3)
         return Escape("noise", curvature, before, float(loss_fn()))
 
 
-def _place(parameters: Sequence[Tensor], start: Sequence[Tensor], direction: Tensor, size: float) -> None:
+def _put(parameters: Sequence[Tensor], start: Sequence[Tensor], direction: Tensor, size: float) -> None:
     """parameters ← start + size · direction."""
     parts = torch.split(direction, [p.numel() for p in parameters])
     for parameter, origin, part in zip(parameters, start, parts, strict=True):

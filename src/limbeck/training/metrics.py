@@ -4,6 +4,7 @@ The one idea: sums over positions by name, reduced over ranks once a log line; t
 first line after a resume says what it would have said.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -108,3 +109,25 @@ def _memory_bytes() -> float:
     if torch.cuda.is_available():
         return float(torch.cuda.max_memory_allocated())
     return float(psutil.Process().memory_info().rss)
+
+
+def evaluation_metrics(means: Mapping[str, float], prefix: str, *, whole: bool, drawn: bool) -> dict[str, float]:
+    """What an evaluation during training logs, from the means of what the objectives measured.
+
+    Args:
+        means: by name; `ce_loss` is among them.
+        prefix: of the logged names.
+        whole: the KL is over the teacher's whole distributions.
+        drawn: it is an estimate from draws, which may be below 0.
+    """
+    found = dict(means)
+    loss = found.pop("ce_loss")
+    metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+    if "kl_to_teacher" in found:
+        kl = found.pop("kl_to_teacher")
+        name = "kl_to_teacher" if whole else "kl_to_teacher_estimate" if drawn else "kl_to_teacher_at_least"
+        metrics[name] = kl if drawn else max(kl, 0.0)
+    if "kl_loss" in found:
+        metrics["divergence"] = found.pop("kl_loss")
+    metrics |= {name: value for name, value in found.items() if "/" not in name}
+    return {f"{prefix}_{name}": value for name, value in metrics.items()}

@@ -19,6 +19,7 @@ from limbeck.data.tokenizer import recipe_tokenizer
 from limbeck.errors import ConfigError, LimbeckError
 from limbeck.folders import MANIFEST, StageFolder
 from limbeck.manifests import StudentManifest
+from limbeck.models import model_identity
 from limbeck.storage import fingerprint
 from limbeck.training.checkpoints import BEST, publish_model
 from limbeck.training.run import check_plan, new_student, train_inputs, train_one, training_rows
@@ -36,7 +37,7 @@ def run_inputs(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def train(recipe: Recipe, folder: Path | StageFolder, *, force: bool = False) -> StudentManifest | None:
+def train_recipe(recipe: Recipe, folder: Path | StageFolder, *, force: bool = False) -> StudentManifest | None:
     """Train the recipe's student in `folder` (through its phases, if it has any); returns the manifest, on rank 0.
 
     Args:
@@ -52,14 +53,17 @@ def train(recipe: Recipe, folder: Path | StageFolder, *, force: bool = False) ->
     outer, main = folder, ranks.rank() == 0
     _check(recipe)
     if main:
-        _begin(outer, recipe, force)
+        _begin(outer, force)
     ranks.wait_until(lambda: outer.recorded() == outer.fingerprint, f"rank 0 to begin {outer.path}")
     start: Path | None = None
     manifest = None
     names = [phase.stage_name for phase in recipe.stages.configs]
     for number, (phase, own) in enumerate(recipe.stage_recipes(), start=1):
         say(f"stage {number} of {len(names)}: {phase.stage_name} ({own.training.mode})")
-        inputs = train_inputs(own, training_rows(own), start)
+        inputs = outer.inputs["stages"][number - 1]
+        inputs = {key: value for key, value in inputs.items() if key != "stage_name"}
+        if start is not None:
+            inputs["start"] = model_identity(str(start))["weights"]
         place = StageFolder(outer.path / phase.stage_name, outer.command, inputs, outer.backup)
         manifest = train_one(own, place, start, force)
         start = place.path / "final"
@@ -74,14 +78,14 @@ def _check(recipe: Recipe) -> None:
     student = None
     for phase, own in recipe.stage_recipes():
         rows = training_rows(own)
-        student = student or new_student(own, tokenizer, None, None)
+        student = student or new_student(own.student, tokenizer, own.dataset.attention, own.seed)
         try:
             check_plan(own, student, rows)
         except ConfigError as error:
             raise ConfigError(f"stage {phase.stage_name}: {error}") from None
 
 
-def _begin(outer: StageFolder, recipe: Recipe, force: bool) -> None:
+def _begin(outer: StageFolder, force: bool) -> None:
     """Begin or go on; phases decide for themselves what of theirs still holds, so their folders stay.
 
     Raises:
@@ -89,8 +93,9 @@ def _begin(outer: StageFolder, recipe: Recipe, force: bool) -> None:
     """
     if "stages" in outer.recorded_inputs() and not force and outer.recorded() != outer.fingerprint:
         if outer.backup is None:
-            for phase, own in recipe.stage_recipes():
-                _refuse_changed(outer.path / phase.stage_name, train_inputs(own, training_rows(own)))
+            for phase in outer.inputs["stages"]:
+                inputs = {key: value for key, value in phase.items() if key != "stage_name"}
+                _refuse_changed(outer.path / phase["stage_name"], inputs)
         (outer.path / MANIFEST).unlink(missing_ok=True)
         outer.record()
     outer.begin(clean=False, replace=force)

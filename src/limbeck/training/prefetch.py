@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from limbeck.data.dataset import PackedRows
-from limbeck.teachers.base import AsyncTeacher
+from limbeck.teachers.base import Teacher
 
 PENDING = "pending_targets"
 
@@ -27,7 +27,7 @@ class TargetsAhead:
         ...     targets = batch["pending_targets"].result()
     """
 
-    def __init__(self, batches: Iterator[dict[str, Any]], teacher: AsyncTeacher) -> None:
+    def __init__(self, batches: Iterator[dict[str, Any]], teacher: Teacher) -> None:
         self.source, self._teacher = batches, teacher
         self._queue: deque[dict[str, Any]] = deque()
 

@@ -42,7 +42,7 @@ def check_trainer(trainer: type) -> None:
         method = getattr(trainer, name, None)
         known = list(inspect.signature(method).parameters) if method is not None else None
         if known is None or any(parameter not in known for parameter in parameters):
-            _refuse(f"Trainer.{name}({', '.join(parameters)})")
+            _refuse_version(f"Trainer.{name}({', '.join(parameters)})")
 
 
 def check_attributes(trainer: Any) -> None:
@@ -53,10 +53,10 @@ def check_attributes(trainer: Any) -> None:
     """
     for name in ATTRIBUTES:
         if not hasattr(trainer, name):
-            _refuse(f"an attribute {name} of a Trainer in training")
+            _refuse_version(f"an attribute {name} of a Trainer in training")
 
 
-def _refuse(what: str) -> None:
+def _refuse_version(what: str) -> None:
     import transformers
 
     raise LimbeckError(

@@ -5,13 +5,10 @@ then recorded with the inputs, in one atomic write, so that a kill at any moment
 next run.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from limbeck.config import Recipe
+from limbeck.config.training import TrainingConfig
 from limbeck.console import say
 from limbeck.folders import INPUTS, MANIFEST, StageFolder
 from limbeck.storage import atomic_write_text, read_json
@@ -29,12 +26,15 @@ from limbeck.training.checkpoints import (
 _STARTED = "started_from"
 
 
-def begin(stage: StageFolder, recipe: Recipe, force: bool, groups: list[str]) -> tuple[Path | None, str | None]:
+def begin(
+    stage: StageFolder, training: TrainingConfig, recipe: str, force: bool, groups: list[str]
+) -> tuple[Path | None, str | None]:
     """Start or continue a training folder; rank 0 alone.
 
     Args:
         stage: the folder and its inputs.
-        recipe: whose `training.resume_from` and `training.resume` are followed.
+        training: whose `resume_from` and `resume` are followed.
+        recipe: the resolved recipe as YAML, kept in the folder.
         force: start over.
         groups: names of this run's optimizer groups.
 
@@ -45,7 +45,7 @@ def begin(stage: StageFolder, recipe: Recipe, force: bool, groups: list[str]) ->
         ConfigError: the checkpoint's optimizer has other groups.
         LimbeckError: there is no such checkpoint, or the folder was made from other inputs.
     """
-    wanted, changed = recipe.training.resume_from, None
+    wanted, changed = training.resume_from, None
     if wanted is not None and not force and _starts_elsewhere(stage):
         found = resolve_resume(wanted)
         require_groups(found, groups)
@@ -59,9 +59,8 @@ def begin(stage: StageFolder, recipe: Recipe, force: bool, groups: list[str]) ->
     else:
         stage.begin(replace=force)
     remove_partial(stage.path)
-    text = yaml.safe_dump(json.loads(recipe.model_dump_json()), sort_keys=False)
-    atomic_write_text(stage.path / "recipe.yaml", text)
-    return _checkpoint(stage, recipe), changed
+    atomic_write_text(stage.path / "recipe.yaml", recipe)
+    return _checkpoint(stage, training.resume), changed
 
 
 def _record(stage: StageFolder) -> dict[str, Any] | None:
@@ -77,11 +76,11 @@ def _starts_elsewhere(stage: StageFolder) -> bool:
     return _record(stage) is None and not steps(stage.path)
 
 
-def _checkpoint(stage: StageFolder, recipe: Recipe) -> Path | None:
+def _checkpoint(stage: StageFolder, resumes: bool) -> Path | None:
     folder, started = stage.path, _record(stage)
     if started is not None and started["inside"]:
         forget_after(folder, started["step"], stage.fingerprint)
-    if not recipe.training.resume and started is None:
+    if not resumes and started is None:
         forget_after(folder, -1)
         return None
     found = newest(folder)

@@ -17,10 +17,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from accelerate.utils import broadcast_object_list
 
 from limbeck import ranks
-from limbeck.config import Recipe
+from limbeck.config import Recipe, StudentConfig
 from limbeck.console import say, warn
 from limbeck.data.dataset import PackedDataset
 from limbeck.data.tokenizer import LoadedTokenizer, recipe_tokenizer
@@ -33,11 +34,12 @@ from limbeck.optim.groups import build_groups, describe_groups, objective_groups
 from limbeck.optim.schedules import schedule_arguments
 from limbeck.plugins import plugin_identity
 from limbeck.registry import DIVERGENCES
-from limbeck.storage import commit_folder, plain_disk_errors, read_json_lines, sha256_file
+from limbeck.storage import commit_folder, plain_disk_errors, read_json_lines, sha256_file, temporary_for
 from limbeck.students.build import build_student
-from limbeck.teachers.base import AsyncTeacher, Teacher
-from limbeck.teachers.choose import open_teacher, teacher_inputs
+from limbeck.teachers.base import Teacher
+from limbeck.teachers.sources import training_source
 from limbeck.training.advice import advise
+from limbeck.training.check import check_teacher
 from limbeck.training.checkpoints import BEST, checkpoint_step, newest, publish_model
 from limbeck.training.resume import begin
 from limbeck.training.ternarisation import check_warmup
@@ -55,9 +57,8 @@ _NOT_INPUTS = {
 _WITHOUT_TEACHER = {"load_balance", "router_aux", "router_aux_kind", "objectives"}
 
 
-def train_inputs(recipe: Recipe, rows: PackedDataset, start: Path | None = None) -> dict[str, Any]:
-    """Everything the trained weights depend on; `start` is the folder of the weights that are trained on."""
-    begun_from = model_identity(str(start))["weights"] if start else None
+def train_inputs(recipe: Recipe, rows: PackedDataset) -> dict[str, Any]:
+    """Everything the trained weights depend on, when the student begins as the recipe says."""
     training = recipe.training.model_dump(mode="json", exclude=_NOT_INPUTS)
     return {
         "optimizer": recipe.optimizer.model_dump(mode="json"),
@@ -67,8 +68,7 @@ def train_inputs(recipe: Recipe, rows: PackedDataset, start: Path | None = None)
         "student": recipe.student.config,
         "builder": recipe.student.builder,
         "ternary": recipe.student.ternary.model_dump(mode="json") if recipe.student.ternary else None,
-        "start": begun_from
-        or (model_identity(recipe.student.model, recipe.student.revision) if recipe.student.model else None),
+        "start": model_identity(recipe.student.model, recipe.student.revision) if recipe.student.model else None,
         "training": training,
         "parameter_lr_multipliers": [rule.model_dump() for rule in recipe.parameter_lr_multipliers],
         "seed": recipe.seed,
@@ -79,7 +79,7 @@ def train_inputs(recipe: Recipe, rows: PackedDataset, start: Path | None = None)
             # With its parameters, whether they were written or not.
             **({"divergence": repr(DIVERGENCES.build(recipe.loss.divergence))} if recipe.distils else {}),
         },
-        "teacher": teacher_inputs(recipe),
+        "teacher": training_source(recipe).inputs(recipe_tokenizer(recipe)) if recipe.distils else None,
         "plugins": plugin_identity(recipe.plugins),
     }
 
@@ -104,19 +104,24 @@ def train_one(recipe: Recipe, stage: StageFolder, start: Path | None, force: boo
         say(f"{folder} is complete")
         return StudentManifest.read(folder)
     with contextlib.ExitStack() as stack:
-        teacher = open_teacher(recipe, tokenizer, rows) if recipe.distils else None
-        if isinstance(teacher, AsyncTeacher):
+        teacher = training_source(recipe).open(tokenizer, rows) if recipe.distils else None
+        if teacher is not None:
             stack.callback(teacher.close)
+            check_teacher(teacher, recipe.loss, recipe.dataset.attention, rows)
         # Whatever is wrong with the student or its optimizer shows before anything is written.
-        student = new_student(recipe, tokenizer, start, teacher)
+        student = new_student(_begun_from(recipe.student, start), tokenizer, recipe.dataset.attention, recipe.seed)
+        if teacher is not None:
+            _tell_vocabularies(teacher, student)
         groups = check_plan(recipe, student, rows, teacher)
         stack.enter_context(stage.lock() if ranks.rank() == 0 else contextlib.nullcontext())
         stack.enter_context(_plain_errors(folder))
-        resume, changed = begin(stage, recipe, force, groups) if ranks.rank() == 0 else (None, None)
+        resume, changed = (
+            begin(stage, recipe.training, _as_yaml(recipe), force, groups) if ranks.rank() == 0 else (None, None)
+        )
         trainer = _trainer(recipe, folder, student, teacher, rows, held_out, tokenizer)
         (resume,) = broadcast_object_list([resume])  # rank 0 chooses for all
         if ranks.rank() == 0:
-            _record_provenance(stage, recipe, resume, changed)
+            _record_provenance(stage, recipe.training.mode, resume, changed)
         trainer.settings_id = stage.fingerprint
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         return _finish(trainer, stage, recipe)
@@ -172,24 +177,35 @@ def _plain_errors(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def new_student(recipe: Recipe, tokenizer: LoadedTokenizer, start: Path | None, teacher: Teacher | None) -> Any:
-    """The student as it begins: of the recipe, or from the weights in `start`."""
+def _begun_from(section: StudentConfig, start: Path | None) -> StudentConfig:
+    """The student of the section, or the same one from the weights in `start`."""
+    weights: dict[str, Any] = {"model": str(start), "revision": None, "config": {}, "builder": None}
+    return section.model_copy(update=weights) if start else section
+
+
+def new_student(section: StudentConfig, tokenizer: LoadedTokenizer, attention: str, seed: int) -> Any:
+    """The student as it begins."""
     special = {"bos_token_id": tokenizer.hf.bos_token_id, "eos_token_id": tokenizer.eos_id}
     if tokenizer.hf.pad_token_id not in special.values():  # an embedding row named padding never learns
         special["pad_token_id"] = tokenizer.hf.pad_token_id
-    weights: dict[str, Any] = {"model": str(start), "config": {}, "builder": None}
-    section = recipe.student.model_copy(update=weights) if start else recipe.student
-    student = build_student(section, tokenizer.vocab_size, recipe.seed, special)
+    student = build_student(section, tokenizer.vocab_size, seed, special)
     count = sum(parameter.numel() for parameter in student.parameters())
     say(f"student: {type(student).__name__}, {count:,} parameters, float32 weights")
-    if recipe.dataset.attention == "per_document":
+    if attention == "per_document":
         require_packing(student, "student")
-    if teacher is not None and teacher.vocab_size != embedded_vocab_size(student):
+    return student
+
+
+def _tell_vocabularies(teacher: Teacher, student: Any) -> None:
+    if teacher.vocab_size != embedded_vocab_size(student):
         warn(
             f"the teacher's vocabulary has {teacher.vocab_size} ids and the student's "
             f"{embedded_vocab_size(student)}; ids only one of them has get probability 0 on the other side"
         )
-    return student
+
+
+def _as_yaml(recipe: Recipe) -> str:
+    return yaml.safe_dump(json.loads(recipe.model_dump_json()), sort_keys=False)
 
 
 def _trainer(
@@ -222,11 +238,10 @@ def _trainer(
     return trainer
 
 
-def _record_provenance(stage: StageFolder, recipe: Recipe, resume: Path | None, changed: str | None) -> None:
+def _record_provenance(stage: StageFolder, mode: str, resume: Path | None, changed: str | None) -> None:
     """Append one line: where this run starts, in which mode, from which teacher and data."""
     path = stage.path / "provenance.jsonl"
     last = next(iter(read_json_lines(path)[-1:]), None) if path.exists() else None
-    mode = recipe.training.mode
     entry = {
         "step": checkpoint_step(resume) if resume else 0,
         "mode": mode,
@@ -247,7 +262,7 @@ def _record_provenance(stage: StageFolder, recipe: Recipe, resume: Path | None, 
 def _finish(trainer: Any, stage: StageFolder, recipe: Recipe) -> StudentManifest | None:
     """Write `final/` and `best/`, then the manifest with what the curves advise."""
     folder, state = stage.path, trainer.state
-    final, partial = folder / "final", folder / ".final.tmp"
+    final, partial = folder / "final", temporary_for(folder / "final")
     manifest = None
     trainer.model.config.use_cache = True  # off in training only; whoever loads this wants to generate with it
     trainer.save_final(partial)

@@ -20,7 +20,6 @@ Use it in your own script:
     trainer.train()
 """
 
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +38,7 @@ from limbeck.optim.hybrid import HybridOptimizer
 from limbeck.optim.schedules import SCHEDULES, build_schedule
 from limbeck.targets.reference import Reference
 from limbeck.targets.sparse import SparseTargets
-from limbeck.teachers.base import AsyncTeacher, DenseTeacher, Teacher
+from limbeck.teachers.base import Teacher
 from limbeck.training.arguments import DistillationArguments
 from limbeck.training.callbacks import LogLines
 from limbeck.training.check import check_teacher
@@ -48,7 +47,7 @@ from limbeck.training.collate import RowCollator
 from limbeck.training.dashboard import Dashboard, wants_dashboard
 from limbeck.training.guard import StepGuard
 from limbeck.training.head import LossRequest, attach_objectives
-from limbeck.training.metrics import StepMetrics
+from limbeck.training.metrics import StepMetrics, evaluation_metrics
 from limbeck.training.own_parameters import OwnParameters
 from limbeck.training.prefetch import PENDING, TargetsAhead
 from limbeck.training.saddle import SaddleCallback
@@ -91,7 +90,7 @@ class DistillationTrainer(CheckpointingTrainer):
         if args.attention not in ("per_document", "packed"):
             raise ConfigError(f"attention is {args.attention!r}; choose per_document or packed.")
         if teacher is not None:
-            check_teacher(teacher, args, train_dataset)
+            check_teacher(teacher, args.loss, args.attention, train_dataset)
         if args.attention == "per_document":
             require_packing(model, "student")
         # Outside torchrun one process drives one GPU: nn.DataParallel would bypass the fused forward.
@@ -202,7 +201,7 @@ class DistillationTrainer(CheckpointingTrainer):
 
         Of a teacher elsewhere their targets are asked for, and those of the batches that follow.
         """
-        if isinstance(self.teacher, AsyncTeacher) and self.teacher.ahead > 0:
+        if self.teacher is not None and self.teacher.ahead > 0:
             if self._ahead is None or self._ahead.source is not epoch_iterator:
                 self._ahead = TargetsAhead(epoch_iterator, self.teacher)
             epoch_iterator = self._ahead
@@ -232,16 +231,14 @@ class DistillationTrainer(CheckpointingTrainer):
 
     def _tell_if_slow(self, logs: dict[str, float]) -> None:
         """Say once, while there is time to act on it, that the teacher holds the run up."""
-        if not isinstance(self.teacher, AsyncTeacher) or logs["teacher_wait_share"] < 0.5:
+        if self.teacher is None or self.teacher.if_slow is None or logs["teacher_wait_share"] < 0.5:
             return
         self._slow_lines += 1
         if self._slow_lines == 3:
-            cure = f"Raise teacher.micro_batches (now {self.teacher.ahead}) and teacher.max_concurrent"
-            cure = cure if self.teacher.ahead else "Set teacher.parallel: true"
             self.warn_once(
                 "slow teacher",
                 f"the student waits for the teacher {logs['teacher_wait_share']:.0%} of the time "
-                f"({logs['tokens_per_second']:,.0f} tokens/s). {cure}, add endpoints, or make the targets once: "
+                f"({logs['tokens_per_second']:,.0f} tokens/s). {self.teacher.if_slow}, or make the targets once: "
                 "`limbeck teacher cache`",
             )
 
@@ -296,24 +293,14 @@ class DistillationTrainer(CheckpointingTrainer):
         _, means = seen.means(self._sum_over_ranks)
         model.train()
         self._scores.train()
-        loss = means.pop("ce_loss")
-        metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
-        if "kl_to_teacher" in means:
-            kl = means.pop("kl_to_teacher")
-            name = "kl_to_teacher" if whole else "kl_to_teacher_estimate" if drawn else "kl_to_teacher_at_least"
-            metrics[name] = kl if drawn else max(kl, 0.0)
-        if "kl_loss" in means:
-            metrics["divergence"] = means.pop("kl_loss")
-        metrics |= {name: value for name, value in means.items() if "/" not in name}
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        metrics = evaluation_metrics(means, metric_key_prefix, whole=whole, drawn=drawn)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.metrics.skip(time.perf_counter() - clock)  # throughput is of training alone
         return metrics
 
     def _reference(self, rows: PackedRows) -> Reference | None:
-        teacher = self.eval_teacher
-        return teacher.reference(rows) if isinstance(teacher, DenseTeacher) else None
+        return None if self.eval_teacher is None else self.eval_teacher.reference(rows)
 
     # -- optimizer -------------------------------------------------------------------------------------
 

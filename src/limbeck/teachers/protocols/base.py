@@ -1,4 +1,4 @@
-"""What every wire protocol is: facts about the endpoint, queries for packed rows, targets from the answers."""
+"""What every wire protocol is: what is known of the endpoint, queries for packed rows, targets from the answers."""
 
 import json
 from abc import ABC, abstractmethod
@@ -8,17 +8,19 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from limbeck.config import SamplingConfig
+from limbeck.config.base import default
+from limbeck.config.teacher import RemoteTeacherConfig
 from limbeck.console import printable
 from limbeck.data.dataset import PackedRows
 from limbeck.data.tokenizer import LoadedTokenizer
 from limbeck.errors import CorruptError
 from limbeck.targets.sparse import SparseTargets
+from limbeck.targets.spec import TargetSpec
 from limbeck.teachers.http import Endpoint, Query, RefusedError, Reply, TeacherClient, UnreadyError, WrongAnswerError
 
 
 @dataclass(frozen=True)
-class Facts:
+class EndpointInfo:
     """What an endpoint says of itself, or lets itself be found out about.
 
     Attributes:
@@ -48,42 +50,30 @@ class Facts:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Ask:
-    """What is wanted of a teacher.
+@dataclass(frozen=True, kw_only=True)
+class WireSpec(TargetSpec):
+    """What is wanted of a teacher behind HTTP, and how it is sent.
 
     Attributes:
-        top_k: K; None is the whole vocabulary.
-        temperatures: declared temperatures, with 1.
         vocab_size: V of the targets.
-        attention: per_document or packed.
         model: name to send where a protocol has one.
-        sampling: head + sampled tail instead of top-k.
-        sampling_temperature: temperature of the draws.
         full: log-probabilities as float32 on the wire.
         reproducible: share no forward pass with others.
         approximate: normalisers and ambiguous texts may be estimated or left to the tail.
         max_tokens: tokens in one request.
     """
 
-    top_k: int | None
-    temperatures: tuple[float, ...]
     vocab_size: int
-    attention: str = "per_document"
     model: str | None = None
-    sampling: SamplingConfig | None = None
-    sampling_temperature: float | None = None
     full: bool = False
     reproducible: bool = True
     approximate: bool = False
-    max_tokens: int = 8192
+    max_tokens: int = default(RemoteTeacherConfig, "max_request_tokens")
 
     @property
     def support(self) -> int:
         """Ids a position can have."""
-        if self.sampling is not None:
-            return self.sampling.head + self.sampling.draws
-        return self.top_k or self.vocab_size
+        return self.support_of(self.vocab_size)
 
 
 @dataclass(frozen=True)
@@ -106,7 +96,7 @@ class Session:
     endpoint: Endpoint
     model: str | None = None
     patient: bool = True
-    heard: list[str] = field(default_factory=list)  # what it said to questions it did not understand
+    misunderstood: list[str] = field(default_factory=list)  # what it said to questions it did not understand
 
     async def get_json(self, path: str) -> Any:
         """The JSON at a path, None when there is none (a status other than 200, or no JSON)."""
@@ -120,16 +110,16 @@ class Session:
         """What a query's `parse` makes of the answer, None when the endpoint does not speak so."""
         reply = await self._ask(query.path, query.body)
         if reply.status != 200:
-            self.heard.append(f"{query.path or '/'}: status {reply.status}, {self.client.words(reply)}")
+            self.misunderstood.append(f"{query.path or '/'}: status {reply.status}, {self.client.words(reply)}")
             return None
         try:
             return query.parse(reply)
         except CorruptError as error:
             return self._damaged(error)
         except WrongAnswerError as error:
-            self.heard.append(str(error).removesuffix("."))
+            self.misunderstood.append(str(error).removesuffix("."))
         except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            self.heard.append(f"{query.path or '/'}: an answer that cannot be read ({error})"[:200])
+            self.misunderstood.append(f"{query.path or '/'}: an answer that cannot be read ({error})"[:200])
         return None
 
     async def _ask(self, path: str, body: dict[str, Any] | None = None) -> Reply:
@@ -156,19 +146,19 @@ class WireProtocol(ABC):
         self.tokenizer = tokenizer
 
     @abstractmethod
-    async def describe(self, session: Session) -> Facts | None:
+    async def describe(self, session: Session) -> EndpointInfo | None:
         """Facts about the endpoint; None when it does not speak this protocol."""
 
     @abstractmethod
-    def queries(self, rows: PackedRows, ask: Ask, facts: Facts) -> list[Query]:
+    def queries(self, rows: PackedRows, spec: WireSpec, info: EndpointInfo) -> list[Query]:
         """The requests for rows `[B, T]`."""
 
     @abstractmethod
-    def targets(self, answers: Sequence[Any], rows: PackedRows, ask: Ask, facts: Facts) -> SparseTargets:
+    def targets(self, answers: Sequence[Any], rows: PackedRows, spec: WireSpec, info: EndpointInfo) -> SparseTargets:
         """Targets `[B, T, K]` from the queries' parsed answers, in their order."""
 
     @abstractmethod
-    async def signature(self, session: Session, ask: Ask) -> "Signature | None":
+    async def signature(self, session: Session, spec: WireSpec) -> "Signature | None":
         """How the model behind the endpoint answers a fixed question: what it is known by.
 
         None where `describe` gives a fingerprint of the weights instead, which every answer must then carry.
@@ -179,12 +169,12 @@ class WireProtocol(ABC):
         """
 
     @abstractmethod
-    async def aligned(self, session: Session, ask: Ask) -> bool | None:
+    async def aligned(self, session: Session, spec: WireSpec) -> bool | None:
         """False when a changed token does not change its own row first; None when that cannot be told."""
 
-    def supports(self, ask: Ask, facts: Facts) -> None:
+    def supports(self, spec: WireSpec, info: EndpointInfo) -> None:
         """Refuse, before anything is asked, what the protocol or the endpoint cannot give."""
-        if ask.sampling is not None:
+        if spec.sampling is not None:
             raise RefusedError(
                 f"teacher.sampling draws from the whole vocabulary at the server, which protocol {self.name} cannot. "
                 "Use `limbeck teacher serve` (protocol limbeck), or teacher.top_k without sampling."

@@ -17,7 +17,7 @@ from limbeck.data.tokenizer import LoadedTokenizer
 from limbeck.registry import PROTOCOLS
 from limbeck.targets.sparse import SparseTargets
 from limbeck.teachers.http import Query, RefusedError, Reply, WrongAnswerError
-from limbeck.teachers.protocols.base import Ask, Facts, Session, as_json, first_model
+from limbeck.teachers.protocols.base import EndpointInfo, Session, WireSpec, as_json, first_model
 from limbeck.teachers.protocols.segments import (
     Answer,
     Segment,
@@ -61,12 +61,12 @@ class OpenAIEchoProtocol(SegmentProtocol):
             "echo": True, "logprobs": top_k, "max_tokens": 1, "temperature": 0,
         }  # fmt: skip
 
-    def read(self, reply: Any, sequences: list[list[int]], ask: Ask) -> list[Answer]:
+    def read(self, reply: Any, sequences: list[list[int]], spec: WireSpec) -> list[Answer]:
         """`choices[i].logprobs` with `tokens` and `top_logprobs`, the generated token cut off."""
         choices = sorted(reply["choices"], key=lambda choice: choice["index"])
-        return [self._answer(one["logprobs"], ids, ask) for one, ids in zip(choices, sequences, strict=True)]
+        return [self._answer(one["logprobs"], ids, spec) for one, ids in zip(choices, sequences, strict=True)]
 
-    def _answer(self, logprobs: dict[str, Any], ids: list[int], ask: Ask) -> Answer:
+    def _answer(self, logprobs: dict[str, Any], ids: list[int], spec: WireSpec) -> Answer:
         """Rows up to the first token that the server cut differently: after it the context is another."""
         tokens, tops = logprobs["tokens"], logprobs["top_logprobs"]
         agreed = 0
@@ -76,8 +76,8 @@ class OpenAIEchoProtocol(SegmentProtocol):
         for row in range(agreed):
             place = row + self._shift
             held = tops[place] if 0 <= place < len(tops) else None
-            found = [(self._id(text, ask), float(value)) for text, value in (held or {}).items()]
-            entries.append(sorted(((i, v) for i, v in found if i is not None), key=lambda one: -one[1])[: ask.support])
+            found = [(self._id(text, spec), float(value)) for text, value in (held or {}).items()]
+            entries.append(sorted(((i, v) for i, v in found if i is not None), key=lambda one: -one[1])[: spec.support])
         return from_entries(entries)
 
     def _is(self, text: str, number: int) -> bool:
@@ -85,23 +85,23 @@ class OpenAIEchoProtocol(SegmentProtocol):
             return text == f"{_TOKEN_ID}{number}"
         return number < len(self._texts) and text in self._texts[number]
 
-    def _id(self, text: str, ask: Ask) -> int | None:
+    def _id(self, text: str, spec: WireSpec) -> int | None:
         """The id a text stands for; None when it is left to the tail."""
         if text.startswith(_TOKEN_ID):
             return int(text.removeprefix(_TOKEN_ID))
         found = self._ids.get(text, [])
         if len(found) == 1:
             return found[0]
-        if ask.approximate:
+        if spec.approximate:
             return None
         raise WrongAnswerError(
             f"the teacher's answer names the text {text!r}, which stands for {found or 'no'} ids of the tokenizer. "
             "Set teacher.tail: approximate to leave such texts to the tail."
         )
 
-    def targets(self, answers: Sequence[Any], rows: PackedRows, ask: Ask, facts: Facts) -> SparseTargets:
+    def targets(self, answers: Sequence[Any], rows: PackedRows, spec: WireSpec, info: EndpointInfo) -> SparseTargets:
         """As others; positions that the server's own tokenizer cut differently have no support."""
-        segments = cut_rows(rows, ask.attention)
+        segments = cut_rows(rows, spec.attention)
         wanted = sum(len(segment.ids) for segment in segments)
         given = sum(len(answer.token_ids) for group in answers for answer in group)
         if wanted >= 64 and given < (1.0 - self._MUCH) * wanted:
@@ -115,12 +115,12 @@ class OpenAIEchoProtocol(SegmentProtocol):
                 f"{1.0 - given / wanted:.0%} of these positions have no teacher: the server takes text, and rows that "
                 "begin inside a word are cut differently there. They train on their labels alone"
             )
-        return super().targets(answers, rows, ask, facts)
+        return super().targets(answers, rows, spec, info)
 
-    def supports(self, ask: Ask, facts: Facts) -> None:
+    def supports(self, spec: WireSpec, info: EndpointInfo) -> None:
         """Refuse a vocabulary whose texts do not tell ids apart, unless what is ambiguous may go to the tail."""
-        super().supports(ask, facts)
-        if self._gets_ids or ask.approximate:
+        super().supports(spec, info)
+        if self._gets_ids or spec.approximate:
             return
         for text, ids in self._ids.items():
             if len(ids) > 1:
@@ -141,12 +141,12 @@ class OpenAIEchoProtocol(SegmentProtocol):
 
     # -- finding out -----------------------------------------------------------------------------------
 
-    async def describe(self, session: Session) -> Facts | None:
+    async def describe(self, session: Session) -> EndpointInfo | None:
         """Try ids in and out, then text."""
         model = await first_model(session)
-        ask = Ask(top_k=4, temperatures=(1.0,), vocab_size=1 << 24, model=model, approximate=True)
+        spec = WireSpec(top_k=4, temperatures=(1.0,), vocab_size=1 << 24, model=model, approximate=True)
         self._sends_ids = self._gets_ids = True
-        found = await session.try_query(self._raw([self.canary], ask))
+        found = await session.try_query(self._raw([self.canary], spec))
         self._sends_ids = found is not None
         self._gets_ids = bool(found) and str(found["tokens"][0]).startswith(_TOKEN_ID)
         if not self._gets_ids:
@@ -157,7 +157,7 @@ class OpenAIEchoProtocol(SegmentProtocol):
             self.canary = self.tokenizer.hf(_TEXTS[0], add_special_tokens=False)["input_ids"]
         elif found is not None:
             self.max_sequences = 16
-        shift = await self._find_shift(session, ask)
+        shift = await self._find_shift(session, spec)
         if shift is None:
             return None
         self._shift = shift
@@ -166,10 +166,10 @@ class OpenAIEchoProtocol(SegmentProtocol):
             notes.append("entry j is the distribution of token j + 1 (found by changing one word); corrected")
         if not self._sends_ids:
             notes.append("it takes text alone: rows that begin inside a word have no targets there")
-        facts = Facts(self.name, model=model, max_sequences=self.max_sequences, notes=tuple(notes))
-        return replace(facts, max_top_k=await self._largest_top_k(session, ask))
+        info = EndpointInfo(self.name, model=model, max_sequences=self.max_sequences, notes=tuple(notes))
+        return replace(info, max_top_k=await self._largest_top_k(session, spec))
 
-    async def _find_shift(self, session: Session, ask: Ask) -> int | None:
+    async def _find_shift(self, session: Session, spec: WireSpec) -> int | None:
         """1 when entry j is the distribution of token j, 0 when of token j + 1, None when it is neither."""
         if self.tokenizer is None:
             one, other = list(self.canary), list(self.canary)
@@ -178,7 +178,7 @@ class OpenAIEchoProtocol(SegmentProtocol):
             one, other = (self.tokenizer.hf(text, add_special_tokens=False)["input_ids"] for text in _TEXTS)
         changed = next(i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
         self._shift = 0
-        answers = [await session.try_query(self.query([ids], ask)) for ids in (one, other)]
+        answers = [await session.try_query(self.query([ids], spec)) for ids in (one, other)]
         if not answers[0] or not answers[1]:
             return None
         # Entry 0 is always null, and one word changes all entries that saw it.
@@ -188,7 +188,7 @@ class OpenAIEchoProtocol(SegmentProtocol):
             row = len(rows[0].token_ids)
         return {changed: 0, changed + 1: 1}.get(row + 1)
 
-    def _raw(self, sequences: list[list[int]], ask: Ask) -> Query:
+    def _raw(self, sequences: list[list[int]], spec: WireSpec) -> Query:
         """A query that is read no further than its token texts."""
 
         def parse(reply: Reply) -> dict[str, Any]:
@@ -199,11 +199,11 @@ class OpenAIEchoProtocol(SegmentProtocol):
             except (KeyError, TypeError, IndexError) as error:
                 raise WrongAnswerError(str(error)) from None
 
-        return Query(self.path, self.body(sequences, ask.support, 1.0, ask.model), parse)
+        return Query(self.path, self.body(sequences, spec.support, 1.0, spec.model), parse)
 
-    async def _largest_top_k(self, session: Session, ask: Ask) -> int:
+    async def _largest_top_k(self, session: Session, spec: WireSpec) -> int:
         for top_k in (1024, 256, 128, 64, 20, 5):
-            found = await session.try_query(self._raw([self.canary], replace(ask, top_k=top_k)))
+            found = await session.try_query(self._raw([self.canary], replace(spec, top_k=top_k)))
             if found:
                 return min(top_k, max((len(entry) for entry in found["top_logprobs"] if entry), default=0))
         return 0
@@ -220,9 +220,9 @@ class OpenAIEchoProtocol(SegmentProtocol):
             for text in texts:
                 self._ids.setdefault(text, []).append(number)
 
-    def _groups(self, rows: PackedRows, ask: Ask, facts: Facts) -> list[list[Segment]]:
-        return super()._groups(rows, ask, replace(facts, max_sequences=self.max_sequences))
+    def _groups(self, rows: PackedRows, spec: WireSpec, info: EndpointInfo) -> list[list[Segment]]:
+        return super()._groups(rows, spec, replace(info, max_sequences=self.max_sequences))
 
-    async def aligned(self, session: Session, ask: Ask) -> bool | None:
+    async def aligned(self, session: Session, spec: WireSpec) -> bool | None:
         """`describe` has found the shift the same way."""
         return True

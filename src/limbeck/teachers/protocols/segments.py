@@ -21,7 +21,7 @@ from limbeck.data.dataset import PackedRows
 from limbeck.targets.sparse import PAD_ID, SparseTargets
 from limbeck.targets.tail import estimate_log_z
 from limbeck.teachers.http import Query, RefusedError, Reply, WrongAnswerError
-from limbeck.teachers.protocols.base import Ask, Facts, Session, Signature, WireProtocol, as_json
+from limbeck.teachers.protocols.base import EndpointInfo, Session, Signature, WireProtocol, WireSpec, as_json
 
 Array = np.ndarray[Any, Any]
 #: A few ordinary ids that every vocabulary has, for finding out how an endpoint behaves.
@@ -93,27 +93,27 @@ class SegmentProtocol(WireProtocol):
         """The request's JSON."""
 
     @abstractmethod
-    def read(self, reply: Any, sequences: list[list[int]], ask: Ask) -> list[Answer]:
+    def read(self, reply: Any, sequences: list[list[int]], spec: WireSpec) -> list[Answer]:
         """Answers from the reply's JSON; KeyError, TypeError and the like mean a wrong shape."""
 
     # -- asking ----------------------------------------------------------------------------------------
 
-    def queries(self, rows: PackedRows, ask: Ask, facts: Facts) -> list[Query]:
+    def queries(self, rows: PackedRows, spec: WireSpec, info: EndpointInfo) -> list[Query]:
         """For each temperature that the endpoint honours, the rows' sequences in as few requests as fit."""
-        groups = self._groups(rows, ask, facts)
+        groups = self._groups(rows, spec, info)
         return [
-            self.query([segment.ids for segment in group], ask, temperature)
-            for temperature in self._asked(ask, facts)
+            self.query([segment.ids for segment in group], spec, temperature)
+            for temperature in self._asked(spec, info)
             for group in groups
         ]
 
-    def query(self, sequences: list[list[int]], ask: Ask, temperature: float = 1.0) -> Query:
+    def query(self, sequences: list[list[int]], spec: WireSpec, temperature: float = 1.0) -> Query:
         """One request."""
 
         def parse(reply: Reply) -> list[Answer]:
             document = as_json(reply)
             try:
-                answers = self.read(document, sequences, ask)
+                answers = self.read(document, sequences, spec)
             except (KeyError, TypeError, IndexError, ValueError, AttributeError, OverflowError) as error:
                 raise WrongAnswerError(
                     f"the teacher's answer has not the shape of protocol {self.name} "
@@ -127,7 +127,7 @@ class SegmentProtocol(WireProtocol):
                 self._check(answer, len(ids))
             return answers
 
-        return Query(self.path, self.body(sequences, ask.support, temperature, ask.model), parse)
+        return Query(self.path, self.body(sequences, spec.support, temperature, spec.model), parse)
 
     def _check(self, answer: Answer, length: int) -> None:
         """Refuse an answer of another length (one position more shifts all), NaN and ids below 0."""
@@ -144,16 +144,16 @@ class SegmentProtocol(WireProtocol):
         if strange.any():
             raise WrongAnswerError(f"the teacher names id {int(answer.token_ids[strange][0])}.")
 
-    def _asked(self, ask: Ask, facts: Facts) -> list[float]:
-        others = [] if self.whole_vocabulary or not facts.temperatures else ask.temperatures
+    def _asked(self, spec: WireSpec, info: EndpointInfo) -> list[float]:
+        others = [] if self.whole_vocabulary or not info.temperatures else spec.temperatures
         return [1.0, *(temperature for temperature in others if temperature != 1.0)]
 
-    def _groups(self, rows: PackedRows, ask: Ask, facts: Facts) -> list[list[Segment]]:
-        tokens = min(ask.max_tokens, facts.max_tokens or ask.max_tokens)
-        most = min(self.max_sequences, facts.max_sequences or self.max_sequences)
+    def _groups(self, rows: PackedRows, spec: WireSpec, info: EndpointInfo) -> list[list[Segment]]:
+        tokens = min(spec.max_tokens, info.max_tokens or spec.max_tokens)
+        most = min(self.max_sequences, info.max_sequences or self.max_sequences)
         groups: list[list[Segment]] = []
         held = 0
-        for segment in cut_rows(rows, ask.attention):
+        for segment in cut_rows(rows, spec.attention):
             if not groups or held + len(segment.ids) > tokens or len(groups[-1]) >= most:
                 groups.append([])
                 held = 0
@@ -163,59 +163,63 @@ class SegmentProtocol(WireProtocol):
 
     # -- reading ---------------------------------------------------------------------------------------
 
-    def targets(self, answers: Sequence[Any], rows: PackedRows, ask: Ask, facts: Facts) -> SparseTargets:
+    def targets(self, answers: Sequence[Any], rows: PackedRows, spec: WireSpec, info: EndpointInfo) -> SparseTargets:
         """The answers put back where their sequences stand; elsewhere there is no support."""
-        groups = self._groups(rows, ask, facts)
+        groups = self._groups(rows, spec, info)
         segments = [segment for group in groups for segment in group]
         found: dict[float, list[Answer]] = {}
-        for number, temperature in enumerate(self._asked(ask, facts)):
+        for number, temperature in enumerate(self._asked(spec, info)):
             part = answers[number * len(groups) : (number + 1) * len(groups)]
             found[temperature] = [answer for group in part for answer in group]
         shape = tuple(rows.input_ids.shape)
-        ids = np.full((*shape, ask.support), PAD_ID, dtype=np.int32)
-        logprobs = np.full((*shape, ask.support), -math.inf, dtype=np.float32)
-        log_z = np.zeros((*shape, len(ask.temperatures)), dtype=np.float32)
+        ids = np.full((*shape, spec.support), PAD_ID, dtype=np.int32)
+        logprobs = np.full((*shape, spec.support), -math.inf, dtype=np.float32)
+        log_z = np.zeros((*shape, len(spec.temperatures)), dtype=np.float32)
         for index, segment in enumerate(segments):
             tempered = {t: held[index] for t, held in found.items()}
             known = min(len(tempered[1.0].token_ids), len(segment.ids))
             place = (segment.row, slice(segment.start, segment.start + known))
-            own_ids, own, own_z = settle({t: _cut(a, known) for t, a in tempered.items()}, ask)
+            own_ids, own, own_z = settle({t: _cut(a, known) for t, a in tempered.items()}, spec)
             ids[place][:, : own_ids.shape[1]] = own_ids
             logprobs[place][:, : own.shape[1]] = own
             log_z[place] = own_z
         return SparseTargets(
-            torch.from_numpy(ids), torch.from_numpy(logprobs), torch.from_numpy(log_z), ask.temperatures, ask.vocab_size
+            torch.from_numpy(ids),
+            torch.from_numpy(logprobs),
+            torch.from_numpy(log_z),
+            spec.temperatures,
+            spec.vocab_size,
         )
 
     # -- finding out -----------------------------------------------------------------------------------
 
-    async def describe(self, session: Session) -> Facts | None:
+    async def describe(self, session: Session) -> EndpointInfo | None:
         """Ask for a few tokens; whoever answers in this protocol's shape speaks it."""
         model = await self.model_name(session)
-        ask = Ask(top_k=4, temperatures=(1.0,), vocab_size=1 << 24, model=model)
-        answers = await session.try_query(self.query([self.canary], ask))
+        spec = WireSpec(top_k=4, temperatures=(1.0,), vocab_size=1 << 24, model=model)
+        answers = await session.try_query(self.query([self.canary], spec))
         if not answers or not answers[0].token_ids.size:
             return None
-        changes = self.whole_vocabulary or await self._honours(session, ask, answers[0])
-        facts = Facts(protocol=self.name, model=model, max_sequences=self.max_sequences, temperatures=changes)
-        facts = await self.more(session, facts, ask)
-        if self.whole_vocabulary or facts.max_top_k is not None:
-            return facts
-        return replace(facts, max_top_k=await self._largest_top_k(session, ask))
+        changes = self.whole_vocabulary or await self._honours(session, spec, answers[0])
+        info = EndpointInfo(protocol=self.name, model=model, max_sequences=self.max_sequences, temperatures=changes)
+        info = await self.more(session, info, spec)
+        if self.whole_vocabulary or info.max_top_k is not None:
+            return info
+        return replace(info, max_top_k=await self._largest_top_k(session, spec))
 
-    async def _largest_top_k(self, session: Session, ask: Ask) -> int:
+    async def _largest_top_k(self, session: Session, spec: WireSpec) -> int:
         """The largest K, up to 1024, that the endpoint answers with."""
         low, high = 4, 1025
         while high - low > 1:
             top_k = 1024 if high == 1025 else (low + high) // 2
-            answers = await session.try_query(self.query([self.canary], replace(ask, top_k=top_k)))
+            answers = await session.try_query(self.query([self.canary], replace(spec, top_k=top_k)))
             given = answers[0].token_ids.shape[1] if answers else 0
             low, high = (top_k, high) if given >= top_k else (low, top_k)
         return low
 
-    async def signature(self, session: Session, ask: Ask) -> Signature:
+    async def signature(self, session: Session, spec: WireSpec) -> Signature:
         """The likeliest ids after each token of the canary."""
-        plain = replace(ask, top_k=_SIGNATURE_IDS, temperatures=(1.0,), sampling=None, approximate=True)
+        plain = replace(spec, top_k=_SIGNATURE_IDS, temperatures=(1.0,), sampling=None, approximate=True)
         answers = await session.try_query(self.query([self.canary], plain))
         if not answers:
             raise RefusedError(f"the teacher at {session.endpoint.url} does not answer as protocol {self.name}.")
@@ -223,18 +227,18 @@ class SegmentProtocol(WireProtocol):
         ids, logprobs = (np.take_along_axis(x, order, 1) for x in (answers[0].token_ids, answers[0].logprobs))
         return Signature(ids, logprobs)
 
-    async def aligned(self, session: Session, ask: Ask) -> bool | None:
+    async def aligned(self, session: Session, spec: WireSpec) -> bool | None:
         """Change one token: rows before its own must stay, its own must change. None when nothing can be told.
 
         A change can be small in its own row and larger later; so three are tried, and a server is misaligned when all
         that show agree on one wrong distance.
         """
-        plain = await session.try_query(self.query([self.canary], ask))
+        plain = await session.try_query(self.query([self.canary], spec))
         distances = []
         for place in CHANGED:
             changed = list(self.canary)
             changed[place] += 1
-            answers = await session.try_query(self.query([changed], ask))
+            answers = await session.try_query(self.query([changed], spec))
             row = first_change(plain[0], answers[0]) if plain and answers else None
             if row is not None:
                 distances.append(row - place)
@@ -246,13 +250,13 @@ class SegmentProtocol(WireProtocol):
         """The name to ask for."""
         return session.model
 
-    async def more(self, session: Session, facts: Facts, ask: Ask) -> Facts:
+    async def more(self, session: Session, info: EndpointInfo, spec: WireSpec) -> EndpointInfo:
         """Further facts of this protocol."""
-        return facts
+        return info
 
-    async def _honours(self, session: Session, ask: Ask, plain: Answer) -> bool:
+    async def _honours(self, session: Session, spec: WireSpec, plain: Answer) -> bool:
         """True when temperature 2 halves the differences between log-probabilities."""
-        answers = await session.try_query(self.query([self.canary], replace(ask, temperatures=(1.0, 2.0)), 2.0))
+        answers = await session.try_query(self.query([self.canary], replace(spec, temperatures=(1.0, 2.0)), 2.0))
         if not answers or answers[0].token_ids.shape != plain.token_ids.shape:
             return False
         return bool(np.median(_steps(answers[0])) < 0.75 * np.median(_steps(plain)))
@@ -269,23 +273,23 @@ def _cut(answer: Answer, known: int) -> Answer:
     return Answer(answer.token_ids[:known], answer.logprobs[:known], log_z)
 
 
-def settle(answers: dict[float, Answer], ask: Ask) -> tuple[Array, Array, Array]:
+def settle(answers: dict[float, Answer], spec: WireSpec) -> tuple[Array, Array, Array]:
     """Ids and log-probabilities `[n, ≤K]`, likeliest first, and log Z `[n, n_tau]` from the answers per temperature."""
     plain = answers[1.0]
-    order = np.argsort(-plain.logprobs, axis=1, kind="stable")[:, : ask.support]
+    order = np.argsort(-plain.logprobs, axis=1, kind="stable")[:, : spec.support]
     ids = np.take_along_axis(plain.token_ids, order, 1)
     logprobs = np.take_along_axis(plain.logprobs, order, 1)
     if plain.log_z is not None:
         return ids, logprobs, plain.log_z
     columns = []
-    for temperature in ask.temperatures:
+    for temperature in spec.temperatures:
         if temperature == 1.0:
             columns.append(np.zeros(len(ids), dtype=np.float32))
         elif temperature in answers:
             columns.append(_log_z_from(ids, logprobs, answers[temperature], temperature))
         else:
             estimate = estimate_log_z(
-                torch.from_numpy(logprobs), torch.from_numpy(ids >= 0), ask.vocab_size, temperature
+                torch.from_numpy(logprobs), torch.from_numpy(ids >= 0), spec.vocab_size, temperature
             )
             columns.append(estimate.numpy())
     return ids, logprobs, np.stack(columns, axis=-1).astype(np.float32)

@@ -6,7 +6,7 @@ The one idea: as with vLLM, entry j of `input_top_logprobs` is the distribution 
 from typing import Any
 
 from limbeck.registry import PROTOCOLS
-from limbeck.teachers.protocols.base import Ask, Session
+from limbeck.teachers.protocols.base import Session, WireSpec
 from limbeck.teachers.protocols.segments import Answer, SegmentProtocol, shifted
 
 
@@ -25,7 +25,7 @@ class SGLangProtocol(SegmentProtocol):
             "sampling_params": {"max_new_tokens": 0, "temperature": temperature},
         }  # fmt: skip
 
-    def read(self, reply: Any, sequences: list[list[int]], ask: Ask) -> list[Answer]:
+    def read(self, reply: Any, sequences: list[list[int]], spec: WireSpec) -> list[Answer]:
         """`meta_info.input_top_logprobs[j] = [[logprob, id, text], …] | null`, a list of replies for several."""
         replies = reply if isinstance(reply, list) else [reply]
         return [self._positions(one["meta_info"]["input_top_logprobs"]) for one in replies]

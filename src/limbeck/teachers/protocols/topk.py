@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from limbeck.registry import PROTOCOLS
-from limbeck.teachers.protocols.base import Ask, Facts, Session
+from limbeck.teachers.protocols.base import EndpointInfo, Session, WireSpec
 from limbeck.teachers.protocols.segments import Answer, Array, SegmentProtocol
 
 
@@ -28,7 +28,7 @@ class TopKProtocol(SegmentProtocol):
         """Quantised values at the asked temperature."""
         return {"input_ids": sequences, "topk": top_k, "return_dtype": "int8", "temperature": temperature}
 
-    def read(self, reply: Any, sequences: list[list[int]], ask: Ask) -> list[Answer]:
+    def read(self, reply: Any, sequences: list[list[int]], spec: WireSpec) -> list[Answer]:
         """`indices`, `values_int8` and `scale` (or `values`), and `other_logit` or `other_mass`, per sequence."""
         longest = max(map(len, sequences))
         return [self._answer(reply, number, len(ids), longest) for number, ids in enumerate(sequences)]
@@ -54,9 +54,9 @@ class TopKProtocol(SegmentProtocol):
             logprobs = values - (_lse(values) - np.log1p(-np.minimum(mass, 1.0 - 1e-12)))[:, None]
         return Answer(ids, logprobs.astype(np.float32))
 
-    async def more(self, session: Session, facts: Facts, ask: Ask) -> Facts:
+    async def more(self, session: Session, info: EndpointInfo, spec: WireSpec) -> EndpointInfo:
         """The limits this endpoint is specified with."""
-        return replace(facts, max_tokens=32768)
+        return replace(info, max_tokens=32768)
 
 
 def _lse(values: Array) -> Array:

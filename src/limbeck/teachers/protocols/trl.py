@@ -12,7 +12,7 @@ import numpy as np
 
 from limbeck.registry import PROTOCOLS
 from limbeck.teachers.http import WrongAnswerError
-from limbeck.teachers.protocols.base import Ask
+from limbeck.teachers.protocols.base import WireSpec
 from limbeck.teachers.protocols.segments import Answer, Array, SegmentProtocol
 
 
@@ -31,7 +31,7 @@ class TRLProtocol(SegmentProtocol):
             "temperature": temperature, "response_format": "binary",
         }  # fmt: skip
 
-    def read(self, reply: Any, sequences: list[list[int]], ask: Ask) -> list[Answer]:
+    def read(self, reply: Any, sequences: list[list[int]], spec: WireSpec) -> list[Answer]:
         """`logprobs_b64` float32 and `token_ids_b64` int32 of `shape` [B, longest, K]."""
         shape = tuple(int(size) for size in reply["shape"])
         logprobs = _array(reply["logprobs_b64"], "<f4", shape)

@@ -15,7 +15,7 @@ from limbeck.data.dataset import PackedRows
 from limbeck.registry import PROTOCOLS
 from limbeck.targets.sparse import SparseTargets, concatenate
 from limbeck.teachers.http import Query, RefusedError
-from limbeck.teachers.protocols.base import Ask, Facts, Session
+from limbeck.teachers.protocols.base import EndpointInfo, Session, WireSpec
 from limbeck.teachers.protocols.segments import Answer, Segment, SegmentProtocol
 
 _BYTES_AN_ID = 10  # of JSON
@@ -36,47 +36,47 @@ class UserProtocol(SegmentProtocol):
         """Whole logits."""
         return {"input_ids": sequences, "return_logits": True}
 
-    def query(self, sequences: list[list[int]], ask: Ask, temperature: float = 1.0) -> Query:
+    def query(self, sequences: list[list[int]], spec: WireSpec, temperature: float = 1.0) -> Query:
         """As others, with room for the answer."""
-        return replace(super().query(sequences, ask, temperature), max_bytes=1 << 34)
+        return replace(super().query(sequences, spec, temperature), max_bytes=1 << 34)
 
-    def read(self, reply: Any, sequences: list[list[int]], ask: Ask) -> list[Answer]:
+    def read(self, reply: Any, sequences: list[list[int]], spec: WireSpec) -> list[Answer]:
         """`logits[i][t][v]`, reduced to their top ids at once."""
-        return [self._reduced(logits, len(ids), ask) for logits, ids in zip(reply["logits"], sequences, strict=True)]
+        return [self._reduced(logits, len(ids), spec) for logits, ids in zip(reply["logits"], sequences, strict=True)]
 
     @staticmethod
-    def _reduced(logits: list[list[float]], length: int, ask: Ask) -> Answer:
+    def _reduced(logits: list[list[float]], length: int, spec: WireSpec) -> Answer:
         if len(logits) != length:
             raise ValueError(f"{len(logits)} positions for {length} tokens")
         widths = {len(position) for position in logits[:length]}
         if len(widths) != 1 or not widths - {0}:
             raise ValueError(f"positions of {sorted(widths)} logits")
-        known = ask.vocab_size < 1 << 24  # while finding out, any width will do
-        if known and widths != {ask.vocab_size}:
-            raise ValueError(f"positions of {widths.pop()} logits, and the vocabulary has {ask.vocab_size} ids")
+        known = spec.vocab_size < 1 << 24  # while finding out, any width will do
+        if known and widths != {spec.vocab_size}:
+            raise ValueError(f"positions of {widths.pop()} logits, and the vocabulary has {spec.vocab_size} ids")
         parts = []
         for start in range(0, length, _BLOCK):
             block = torch.from_numpy(np.asarray(logits[start : min(start + _BLOCK, length)], dtype=np.float32))
-            parts.append(SparseTargets.from_logits(block, ask.top_k if known else None, ask.temperatures))
+            parts.append(SparseTargets.from_logits(block, spec.top_k if known else None, spec.temperatures))
         found = concatenate(parts)
         return Answer(found.token_ids.numpy(), found.logprobs.numpy(), found.log_z.numpy())
 
-    def _groups(self, rows: PackedRows, ask: Ask, facts: Facts) -> list[list[Segment]]:
-        fits = max(1, _REPLY_BYTES // (_BYTES_AN_ID * ask.vocab_size))
-        return super()._groups(rows, replace(ask, max_tokens=min(ask.max_tokens, fits)), facts)
+    def _groups(self, rows: PackedRows, spec: WireSpec, info: EndpointInfo) -> list[list[Segment]]:
+        fits = max(1, _REPLY_BYTES // (_BYTES_AN_ID * spec.vocab_size))
+        return super()._groups(rows, replace(spec, max_tokens=min(spec.max_tokens, fits)), info)
 
-    async def describe(self, session: Session) -> Facts | None:
+    async def describe(self, session: Session) -> EndpointInfo | None:
         """Try the endpoint as given and with `/v1/completions`."""
         own_path = urlsplit(session.endpoint.url).path not in ("", "/v1")
         for path in ("", "/v1/completions") if own_path else ("/v1/completions", ""):
             self.path = path  # found out for this endpoint
-            if (facts := await super().describe(session)) is not None:
-                return facts
+            if (info := await super().describe(session)) is not None:
+                return info
         return None
 
-    async def more(self, session: Session, facts: Facts, ask: Ask) -> Facts:
+    async def more(self, session: Session, info: EndpointInfo, spec: WireSpec) -> EndpointInfo:
         """The vocabulary, and what this costs."""
-        answers = await session.try_query(self.query([self.canary], ask))
+        answers = await session.try_query(self.query([self.canary], spec))
         if not answers:
             raise RefusedError(f"the teacher at {session.endpoint.url} answered once and not again.")
         size = int(answers[0].token_ids.shape[1])
@@ -85,4 +85,4 @@ class UserProtocol(SegmentProtocol):
             f"whole logits as JSON: about {megabytes:.2g} MB a position. Fine for small vocabularies; `limbeck teacher "
             "serve`, /v1/topk or a cache made near the teacher are thousands of times smaller"
         )
-        return replace(facts, vocab_size=size, notes=(note,))
+        return replace(info, vocab_size=size, notes=(note,))

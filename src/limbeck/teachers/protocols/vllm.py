@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from limbeck.registry import PROTOCOLS
-from limbeck.teachers.protocols.base import Ask, Facts, Session, first_model
+from limbeck.teachers.protocols.base import EndpointInfo, Session, WireSpec, first_model
 from limbeck.teachers.protocols.segments import Answer, SegmentProtocol, shifted
 
 
@@ -28,10 +28,10 @@ class VLLMProtocol(SegmentProtocol):
             **named, "prompt": sequences, "max_tokens": 1, "prompt_logprobs": top_k, "temperature": temperature,
         }  # fmt: skip
 
-    def read(self, reply: Any, sequences: list[list[int]], ask: Ask) -> list[Answer]:
+    def read(self, reply: Any, sequences: list[list[int]], spec: WireSpec) -> list[Answer]:
         """`choices[i].prompt_logprobs[j] = {id: {logprob, rank}}`."""
         choices = sorted(reply["choices"], key=lambda choice: choice["index"])
-        return [self._positions(choice["prompt_logprobs"], ask.support) for choice in choices]
+        return [self._positions(choice["prompt_logprobs"], spec.support) for choice in choices]
 
     def _positions(self, positions: list[dict[str, Any] | None], top_k: int) -> Answer:
         entries = []
@@ -45,10 +45,10 @@ class VLLMProtocol(SegmentProtocol):
         """The first model it lists."""
         return await first_model(session)
 
-    async def more(self, session: Session, facts: Facts, ask: Ask) -> Facts:
+    async def more(self, session: Session, info: EndpointInfo, spec: WireSpec) -> EndpointInfo:
         """What bites with vLLM."""
         notes = (
             "start vLLM with --max-logprobs K (default 20) and --no-enable-prefix-caching (values then do not depend "
             "on the order of requests)",
         )
-        return replace(facts, notes=notes)
+        return replace(info, notes=notes)

@@ -17,7 +17,7 @@ from limbeck.data.dataset import PackedRows
 from limbeck.errors import LimbeckError
 from limbeck.targets.sparse import SparseTargets
 from limbeck.targets.wire import MEDIA_TYPE, VERSION, encode_targets, largest_reply, request_hash
-from limbeck.teachers.compression import zstd
+from limbeck.teachers.bodies import zstd
 from limbeck.teachers.server import engine as engines
 from limbeck.teachers.server import schema
 from limbeck.teachers.server.gate import HELD_HEADER, Gate
@@ -159,7 +159,7 @@ def _add_targets(
     @app.post("/v1/targets", response_class=Response, responses={200: {"content": {MEDIA_TYPE: _BINARY}}})
     async def targets(body: schema.TargetsRequest, request: Request) -> Response:
         """Top-k (or head and sampled tail) targets of rows, in the binary format."""
-        rows = _rows(body.input_ids, served, config, body.documents, body.row_ids)
+        rows = _request_rows(body.input_ids, served, config, body.documents, body.row_ids)
         support = body.top_k + body.sampled_tail
         if not 1 <= support <= min(config.max_top_k, vocab):
             raise RefusedRequest(
@@ -213,7 +213,7 @@ def _add_others(
     @app.post("/v1/topk", response_model=schema.TopKAnswer)
     async def topk(body: schema.TopKRequest, request: Request) -> Response:
         """Top-k logits, quantised, as JSON."""
-        rows = _rows(body.input_ids, served, config)
+        rows = _request_rows(body.input_ids, served, config)
         if body.topk > min(config.max_top_k, vocab):
             raise RefusedRequest(f"topk is {body.topk}; this server gives at most {min(config.max_top_k, vocab)} ids")
         _refuse_large(rows, _BYTES_AN_ENTRY * body.topk, config, f"{body.topk} ids")
@@ -228,7 +228,7 @@ def _add_others(
     @app.post("/v1/completions", response_model=schema.LogitsAnswer)
     async def completions(body: schema.LogitsRequest, request: Request) -> StreamingResponse:
         """Whole logits as JSON: exact, and large."""
-        rows = _rows(body.input_ids, served, config)
+        rows = _request_rows(body.input_ids, served, config)
         _refuse_large(rows, _BYTES_A_LOGIT * vocab, config, f"{vocab} logits")
         wanted = engines.Request(attention=_attention(None, served), logits=True, alone=True)
         logits: torch.Tensor = await _wait(engine.submit(rows, wanted), request)
@@ -263,7 +263,7 @@ def _attention(documents: Any, served: Served) -> str:
     return "packed" if documents is None or "per_document" not in served.attention else "per_document"
 
 
-def _rows(
+def _request_rows(
     sequences: list[list[int]],
     served: Served,
     config: TeacherServerConfig,

@@ -18,6 +18,7 @@ import torch
 from limbeck.config import SamplingConfig
 from limbeck.data.dataset import PackedRows
 from limbeck.targets.sparse import SparseTargets
+from limbeck.targets.spec import TargetSpec
 from limbeck.teachers.local import LocalTeacher
 
 
@@ -54,7 +55,7 @@ class Request:
 
 
 @dataclass(eq=False)
-class _Job:
+class _QueuedRequest:
     rows: PackedRows
     request: Request
     future: "Future[Any]" = field(default_factory=Future)
@@ -78,7 +79,7 @@ class Engine:
         self, teacher: LocalTeacher, max_batch_tokens: int, max_queue_tokens: int, observe: Any = lambda *_: None
     ) -> None:
         self._teacher, self._budget, self._limit, self._observe = teacher, max_batch_tokens, max_queue_tokens, observe
-        self._queue: deque[_Job] = deque()
+        self._queue: deque[_QueuedRequest] = deque()
         self._wake = threading.Condition()
         self._closing = False
         self._rate = 2000.0  # tokens a second, as last seen
@@ -97,7 +98,7 @@ class Engine:
         Raises:
             BusyError: the queue is full, or the engine is closing.
         """
-        job = _Job(rows, request)
+        job = _QueuedRequest(rows, request)
         with self._wake:
             held = sum(other.tokens for other in self._queue)
             if self._closing or (self._queue and held + job.tokens > self._limit):
@@ -131,7 +132,7 @@ class Engine:
             self._rate = 0.8 * self._rate + 0.2 * tokens / seconds
             self._observe(len(jobs), tokens, seconds)
 
-    def _next(self) -> list[_Job] | None:
+    def _next(self) -> list[_QueuedRequest] | None:
         """The jobs of the next pass, None at the end."""
         with self._wake:
             self._wake.wait_for(lambda: bool(self._queue) or self._closing)
@@ -142,7 +143,7 @@ class Engine:
             if first.request.alone:
                 return jobs
             count, longest = first.rows.input_ids.shape
-            left: deque[_Job] = deque()
+            left: deque[_QueuedRequest] = deque()
             for job in self._queue:
                 rows, length = job.rows.input_ids.shape
                 fits = (count + rows) * max(longest, length) <= self._budget
@@ -154,15 +155,10 @@ class Engine:
             self._queue = left
             return jobs
 
-    def _run(self, jobs: list[_Job]) -> list[Any]:
+    def _run(self, jobs: list[_QueuedRequest]) -> list[Any]:
         request = jobs[0].request
-        teacher = self._teacher.asking(
-            top_k=request.top_k,
-            temperatures=request.temperatures,
-            attention=request.attention,
-            sampling=request.sampling,
-            sampling_temperature=request.sampling_temperature,
-        )
+        wanted = (request.top_k, request.temperatures, request.attention, request.sampling)
+        teacher = self._teacher.with_spec(TargetSpec(*wanted, request.sampling_temperature))
         rows = merge([job.rows for job in jobs])
         found = teacher.logits(rows) if request.logits else teacher.targets(rows).to("cpu")
         results, start = [], 0

@@ -85,7 +85,7 @@ class Gate:
                 status, size = message["status"], _reply_size(message)
                 if self._sending + size > self._max_replies:
                     status, refused = 503, True
-                    await _answer(send, 503, "too many replies are being read; try again", "busy", _RETRY)
+                    await _send_error(send, 503, "too many replies are being read; try again", "busy", _RETRY)
                     return
                 reply += size
                 self._sending += size
@@ -102,17 +102,17 @@ class Gate:
         except _LeftError:
             status = 499
         except _TooLargeError:
-            await _answer(watched, 413, f"the body exceeds {self._max_body} bytes", "too_large")
+            await _send_error(watched, 413, f"the body exceeds {self._max_body} bytes", "too_large")
         except TimeoutError:
-            await _answer(watched, 408, f"the body took longer than {self._body_seconds:g} s", "too_slow")
+            await _send_error(watched, 408, f"the body took longer than {self._body_seconds:g} s", "too_slow")
         except asyncio.CancelledError:
             if status == 0:
-                await _answer(watched, 503, "the server is stopping", "stopping", _RETRY)
+                await _send_error(watched, 503, "the server is stopping", "stopping", _RETRY)
         except Exception as error:  # its trace is for the log, never for the caller
             what = printable(f"{scope['method']} {scope['path']}", _LOGGED)
             warn(f"{what} failed: {type(error).__name__}: {printable(str(error), _LOGGED)}")
             if status == 0:
-                await _answer(watched, 500, "the server failed; its log says why", "internal")
+                await _send_error(watched, 500, "the server failed; its log says why", "internal")
         finally:
             self._active -= 1
             self._sending -= reply
@@ -131,17 +131,17 @@ class Gate:
         headers = dict(scope["headers"])
         if b"content-length" in headers and b"transfer-encoding" in headers:
             # Two lengths of one body: whoever stands between may have read another request here than we would.
-            await _answer(send, 400, "Content-Length and Transfer-Encoding exclude each other", "invalid_request",
+            await _send_error(send, 400, "Content-Length and Transfer-Encoding exclude each other", "invalid_request",
                           [(b"connection", b"close")])  # fmt: skip
             return
         if self._key is not None and scope["path"] != "/health":
             given = headers.get(b"authorization", b"")
             if not hmac.compare_digest(given, b"Bearer " + self._key):
-                await _answer(send, 401, "a key is needed: Authorization: Bearer KEY", "unauthorized",
+                await _send_error(send, 401, "a key is needed: Authorization: Bearer KEY", "unauthorized",
                               [(b"www-authenticate", b"Bearer")])  # fmt: skip
                 return
         if self._active > self._max_active and scope["path"] != "/health":
-            await _answer(send, 503, f"{self._max_active} requests are being served; try again", "busy", _RETRY)
+            await _send_error(send, 503, f"{self._max_active} requests are being served; try again", "busy", _RETRY)
             return
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._max_body:
@@ -154,7 +154,7 @@ class Gate:
             # Once the body is handed over, only the end of the connection is awaited.
             await self._app(scope, lambda: _next(held, receive), send)
         except _FullError:
-            await _answer(send, 503, "too many bodies are being read; try again", "busy", _RETRY)
+            await _send_error(send, 503, "too many bodies are being read; try again", "busy", _RETRY)
         finally:
             self._held -= sum(map(len, parts))
 
@@ -188,7 +188,7 @@ async def _next(held: list[Message], receive: Receive) -> Message:
     return held.pop() if held else await receive()
 
 
-async def _answer(
+async def _send_error(
     send: Send, status: int, message: str, kind: str, headers: list[tuple[bytes, bytes]] | None = None
 ) -> None:
     body = json.dumps({"error": {"message": message, "type": kind}}).encode()

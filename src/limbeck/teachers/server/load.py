@@ -9,15 +9,14 @@ from safetensors import safe_open
 from torch import nn
 from torch.nn.utils import parametrize
 
-from limbeck.config import Recipe
+from limbeck.config import TeacherConfig
+from limbeck.config.recipe import TeacherServerConfig
 from limbeck.console import say
 from limbeck.data.tokenizer import load_tokenizer
 from limbeck.errors import ConfigError, LimbeckError
-from limbeck.models import choose_dtype, load_causal_lm, model_identity
-from limbeck.optim.groups import hidden_matrices
+from limbeck.models import hidden_matrices, load_frozen, model_identity
 from limbeck.storage import fingerprint, sha256_file_cached
 from limbeck.students.quantizer import to_float8
-from limbeck.teachers.choose import choose_device
 from limbeck.teachers.local import LocalTeacher
 
 
@@ -42,21 +41,24 @@ class Served:
     max_length: int
 
 
-def load_served(recipe: Recipe) -> Served:
-    """Load the recipe's teacher to be served.
+def load_served(section: TeacherConfig, server: TeacherServerConfig, device: str | None = None) -> Served:
+    """Load a teacher to be served.
+
+    Args:
+        section: the model and how it is run.
+        server: its adapter, quantisation and limits.
+        device: where the section names none.
 
     Raises:
         ConfigError: no model is named, or the adapter needs peft.
         LimbeckError: model, tokenizer or adapter cannot be loaded.
     """
-    section, server = recipe.teacher, recipe.teacher_server
-    if section.model is None:
+    source = section.source
+    if source is None:
         raise ConfigError("no model to serve: `limbeck teacher serve MODEL` (a folder, a hub id, or tiny-python).")
-    source: dict[str, Any] = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
-    tokenizer = load_tokenizer(section.model, **source)
-    device = choose_device(section.device or recipe.training.device)
-    model = load_causal_lm(section.model, dtype=choose_dtype(section.dtype, device), **source)
-    identity: dict[str, Any] = {**model_identity(section.model, section.revision), "dtype": str(model.dtype)}
+    tokenizer = load_tokenizer(*source)
+    model = load_frozen(source, section.local.dtype, section.local.device or device)
+    identity: dict[str, Any] = {**model_identity(source.name, source.revision), "dtype": str(model.dtype)}
     if server.adapter is not None:
         model = merge_adapter(model, server.adapter)
         identity["adapter"] = _adapter_identity(server.adapter)
@@ -68,14 +70,13 @@ def load_served(recipe: Recipe) -> Served:
     teacher = LocalTeacher(
         model,
         attention="packed",
-        max_batch_tokens=section.max_batch_tokens,
-        device=device,
+        max_batch_tokens=section.local.max_batch_tokens,
         vocab_size=tokenizer.vocab_size,
     )
     length = getattr(model.config.get_text_config(), "max_position_embeddings", None) or server.max_tokens
     return Served(
         teacher=teacher,
-        name=Path(section.model).name,
+        name=Path(source.name).name,
         fingerprint=fingerprint(identity),
         tokenizer=tokenizer.hash,
         attention=("per_document", "packed") if teacher.keeps_documents_apart else ("packed",),

@@ -4,17 +4,22 @@ import signal
 import socket
 from typing import Any
 
-from limbeck.config import Recipe
+from limbeck.config import TeacherConfig
 from limbeck.config.recipe import TeacherServerConfig
 from limbeck.console import say, warn
 from limbeck.errors import ConfigError, LimbeckError
-from limbeck.teachers.identity import environment_key
+from limbeck.teachers.keys import environment_key
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-def serve(recipe: Recipe) -> dict[str, Any]:
-    """Serve the recipe's teacher; returns when stopped by SIGINT or SIGTERM, with running requests finished.
+def serve(section: TeacherConfig, config: TeacherServerConfig, device: str | None = None) -> dict[str, Any]:
+    """Serve a teacher; returns when stopped by SIGINT or SIGTERM, with running requests finished.
+
+    Args:
+        section: the model and how it is run.
+        config: where it listens, and its limits.
+        device: where the section names none.
 
     Raises:
         ConfigError: the extra is not installed, or the key's variable is empty.
@@ -28,14 +33,13 @@ def serve(recipe: Recipe) -> dict[str, Any]:
         raise ConfigError(f"serving needs more packages ({error.name}): `pip install 'limbeck[serve]'`.") from None
     from limbeck.teachers.server.load import load_served
 
-    config = recipe.teacher_server
     api_key = environment_key(config.api_key_env, "teacher_server.api_key_env")
     if api_key is None and config.host not in _LOOPBACK:
         warn(f"{config.host} can be reached from other machines and no key is asked for; set --api-key-env NAME")
     bound = _bind(config.host, config.port)  # a port that is taken shows before minutes of loading
     url = f"http://{config.host}:{bound.getsockname()[1]}"
-    served = load_served(recipe)
-    app = create_app(served, config, api_key, max_batch_tokens=recipe.teacher.max_batch_tokens)
+    served = load_served(section, config, device)
+    app = create_app(served, config, api_key, max_batch_tokens=section.local.max_batch_tokens)
     settings = uvicorn_settings(app, config)
     facts = f"fingerprint {served.fingerprint[:12]}, vocabulary {served.teacher.vocab_size}"
 

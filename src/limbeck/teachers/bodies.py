@@ -1,8 +1,10 @@
-"""Compressed answers, undone a bounded part at a time: nineteen kilobytes of zstd can stand for six hundred megabytes.
+"""Bodies of requests and answers. Compressed answers are undone a bounded part at a time: nineteen kilobytes of zstd
+can stand for six hundred megabytes.
 
 The one idea: the decoder is never allowed to give more than what is left of the limit.
 """
 
+import json
 import sys
 import zlib
 from functools import partial
@@ -13,7 +15,7 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-__all__ = ["ACCEPTED", "BodyReader", "DamagedError", "TooLargeError", "zstd"]
+__all__ = ["ACCEPTED", "BodyReader", "DamagedError", "TooLargeError", "encode_body", "zstd"]
 
 _SLACK = 1 << 16
 
@@ -94,3 +96,8 @@ class BodyReader:
         self.content += data
         if len(self.content) > self._limit:
             raise TooLargeError
+
+
+def encode_body(body: dict[str, Any]) -> bytes:
+    """A request's JSON as it is sent."""
+    return json.dumps(body, separators=(",", ":")).encode()

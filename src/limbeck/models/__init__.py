@@ -1,0 +1,55 @@
+"""Facts about models of transformers, and how they are loaded.
+
+The one idea: everything that loads a model or asks what it is goes through here, so that safetensors-only, no remote
+code, the choice of device and precision, and the meaning of `tiny-python` are decided once.
+"""
+
+from limbeck.models.head import (
+    LogitTransform,
+    OutputHead,
+    embedded_vocab_size,
+    head_replaced,
+    last_hidden_states,
+    verified_transform,
+)
+from limbeck.models.loading import (
+    SHIPPED,
+    bfloat16_is_fast,
+    choose_device,
+    choose_dtype,
+    load_causal_lm,
+    load_frozen,
+    model_identity,
+    require_whole,
+    resolve_model,
+)
+from limbeck.models.structure import (
+    MatrixLayout,
+    hidden_matrices,
+    keeps_documents_apart,
+    refuse_mixed_documents,
+    require_packing,
+)
+
+__all__ = [
+    "SHIPPED",
+    "LogitTransform",
+    "MatrixLayout",
+    "OutputHead",
+    "bfloat16_is_fast",
+    "choose_device",
+    "choose_dtype",
+    "embedded_vocab_size",
+    "head_replaced",
+    "hidden_matrices",
+    "keeps_documents_apart",
+    "last_hidden_states",
+    "load_causal_lm",
+    "load_frozen",
+    "model_identity",
+    "refuse_mixed_documents",
+    "require_packing",
+    "require_whole",
+    "resolve_model",
+    "verified_transform",
+]
