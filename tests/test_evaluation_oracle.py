@@ -14,11 +14,12 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from conftest import TOKENIZER, tiny_model
-from limbeck.config import Recipe
+from limbeck.config import Recipe, SamplingConfig
 from limbeck.data.dataset import PackedDataset, PackedRows
 from limbeck.data.pack import pack
 from limbeck.data.tokenizer import load_tokenizer
 from limbeck.evaluation.fidelity import score_model
+from limbeck.teachers.base import Teacher
 from limbeck.teachers.local import LocalTeacher
 
 #: What a model may do to its logits: nothing, cap them, scale them, add a bias to them; and how large they are made.
@@ -136,11 +137,11 @@ def assert_scores(found, wanted, rel=2e-5):
         assert getattr(found, name) == pytest.approx(value, rel=rel, abs=1e-6), name
 
 
-@functools.cache
 def taught(teacher, attention="per_document"):
     return LocalTeacher(teacher, attention=attention, vocab_size=len(lengths()))
 
 
+@functools.cache
 def lengths():
     return load_tokenizer(TOKENIZER).byte_lengths()
 
@@ -247,6 +248,65 @@ def test_a_model_that_is_sure_and_wrong_is_scored_in_full(rows, teacher):
     found = score_model(model, rows, lengths(), teacher=taught(teacher))
     assert found.loss == pytest.approx(wanted["loss"], rel=1e-5)
     assert found.kl_to_teacher == pytest.approx(wanted["kl_to_teacher"], rel=1e-5)
+
+
+class Stored(Teacher):
+    """What a teacher elsewhere gives: targets alone, and several batches at a time."""
+
+    ahead = 2
+
+    def __init__(self, local):
+        self.local, self.temperatures, self.vocab_size = local, local.temperatures, local.vocab_size
+        self.asked = []
+
+    def targets(self, rows):
+        self.asked.append(rows.row_ids.tolist())
+        return self.local.targets(rows)
+
+    def template(self):
+        return self.local.template()
+
+
+@pytest.mark.parametrize("top_k", [1, 5])
+def test_stored_ids_bound_the_distance_from_below(rows, teacher, top_k):
+    """The KL of the partition into those ids and the rest, by its definition."""
+    model = model_of("llama")
+    kl = matches = count = 0
+    for (number, start, stop), log_q, log_p in zip(
+        documents(rows), log_probabilities(model, rows, "per_document"),
+        log_probabilities(teacher, rows, "per_document"), strict=True,
+    ):  # fmt: skip
+        p, q = log_p[:-1].exp(), log_q[:-1].exp()
+        ids = p.topk(top_k).indices
+        p_in, q_in = p.gather(1, ids), q.gather(1, ids)
+        p_rest, q_rest = 1 - p_in.sum(1), 1 - q_in.sum(1)
+        kl += float((p_in * (p_in / q_in).log()).sum() + (p_rest * (p_rest / q_rest).log()).sum())
+        matches += int((p.argmax(1) == q.argmax(1)).sum())
+        count += stop - start - 1
+        assert number < len(rows)
+    stored = Stored(LocalTeacher(teacher, top_k=top_k, vocab_size=len(lengths())))
+    found = score_model(model, rows, lengths(), teacher=stored, batch_size=3)
+    assert found.kl_to_teacher_at_least == pytest.approx(kl / count, rel=2e-5)
+    assert (found.kl_to_teacher, found.kl_to_teacher_estimate) == (None, None)
+    assert found.top1_agreement == pytest.approx(matches / count)
+    whole = scores_of(model, rows, teacher=teacher, top_k=top_k)
+    assert found.kl_to_teacher_at_least < whole["kl_to_teacher"]
+    assert_scores(found, {key: whole[key] for key in ("loss", "teacher_mass", "student_mass")})
+    assert [row for batch in stored.asked for row in batch] == list(range(len(rows)))  # each once, in order
+
+
+def test_draws_estimate_the_distance_at_their_temperature_alone(rows, teacher):
+    model = model_of("llama")
+    kl = scores_of(model, rows, teacher=teacher)["kl_to_teacher"]
+    sampling = SamplingConfig(head=8, draws=400)
+    drawn = Stored(LocalTeacher(teacher, sampling=sampling, temperatures=(1.0,), vocab_size=len(lengths())))
+    found = score_model(model, rows, lengths(), teacher=drawn)
+    assert found.kl_to_teacher_estimate == pytest.approx(kl, rel=0.05)
+    assert (found.kl_to_teacher, found.kl_to_teacher_at_least) == (None, None)
+    warm = Stored(LocalTeacher(teacher, sampling=sampling, temperatures=(1.0, 2.0), vocab_size=len(lengths())))
+    found = score_model(model, rows, lengths(), teacher=warm)
+    assert (found.kl_to_teacher, found.kl_to_teacher_at_least, found.kl_to_teacher_estimate) == (None, None, None)
+    assert found.top1_agreement is not None
 
 
 # -- the teacher's targets --------------------------------------------------------------------------------

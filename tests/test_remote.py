@@ -11,9 +11,13 @@ from fastapi import FastAPI, Request
 from conftest import remote_identity, tiny_model, with_keys
 from limbeck import LocalTeacher, TeacherCache
 from limbeck.config import Recipe, SamplingConfig
-from limbeck.data.dataset import PackedRows
+from limbeck.data.dataset import PackedDataset, PackedRows
+from limbeck.data.tokenizer import recipe_tokenizer
 from limbeck.errors import ConfigError, CorruptError, LimbeckError
+from limbeck.evaluation.fidelity import score_model
+from limbeck.evaluation.suites import Fidelity, table
 from limbeck.models import load_causal_lm
+from limbeck.pipeline import run_pipeline
 from limbeck.targets.sparse import SparseTargets
 from limbeck.targets.tail import estimate_log_z
 from limbeck.targets.wire import decode_targets, encode_targets
@@ -21,8 +25,9 @@ from limbeck.teachers.base import Teacher
 from limbeck.teachers.check import check_targets
 from limbeck.teachers.http import RefusedError, UnreachableError, WrongAnswerError
 from limbeck.teachers.remote import RemoteTeacher
+from limbeck.teachers.sources import RemoteSource
 from limbeck.training.head import attach_objectives
-from serving import free_port, limbeck_app, running, sglang_app, trl_app, user_app, vllm_app
+from serving import bound, free_port, limbeck_app, running, sglang_app, trl_app, user_app, vllm_app
 from test_teachers import loss_of
 
 TAUS = (1.0, 2.0)
@@ -220,6 +225,75 @@ def test_cached_over_http_is_cached_locally(recipe, packed, ours, teacher_folder
     one, two = a.read(range(20)), b.read(range(20))
     assert torch.equal(one.token_ids, two.token_ids)
     torch.testing.assert_close(one.logprobs, two.logprobs, rtol=1e-3, atol=1e-3)
+
+
+class Counted:
+    """An ASGI application that remembers which paths were asked for."""
+
+    def __init__(self, app):
+        self.app, self.asked = app, []
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] == "http":
+            self.asked.append(scope["path"])
+        await self.app(scope, receive, send)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_run_with_a_remote_teacher_finds_it_out_once_and_shows_its_kl(recipe, teacher_folder, model, cached):
+    """Cache, training and the table: one discovery, and the column that a local teacher of the same ids bounds."""
+    keys = {"endpoint": "", "use_cached_logits": cached, "logprobs": "float32"}
+    limits = {"training": {"max_steps": 2, "learning_rate": 1e-3, "report_to": []}}
+    app = Counted(limbeck_app(teacher_folder))
+    with running(app) as url:
+        remote = with_keys(recipe, teacher={**keys, "endpoint": url}, tokenizer={"name": str(teacher_folder)}, **limits)
+        found = run_pipeline(remote).results["evaluation"]["student_kd"]
+    assert app.asked.count("/v1/teacher") == 1
+    assert app.asked.count("/health") == 1
+    assert list(run_pipeline(remote).results["evaluation"]) == [
+        "student_kd"
+    ]  # the server is gone, and it is found done
+    student = load_causal_lm(str(recipe.student_dir / "final"), dtype="float32")
+    rows = PackedDataset(recipe.packed_dir, "validation")
+    teacher = LocalTeacher(model, top_k=16, vocab_size=4096)
+    whole = score_model(student, rows, recipe_tokenizer(remote).byte_lengths(), teacher=teacher)
+    assert 0.5 * whole.kl_to_teacher < found["kl_to_teacher_at_least"] < whole.kl_to_teacher
+    assert found["top1_agreement"] == pytest.approx(whole.top1_agreement)
+    head, _ = table({"student": found}, [Fidelity()])
+    assert "KL to teacher ≥" in head
+    assert "KL to teacher" not in head
+
+
+def test_a_teacher_known_by_its_signature_is_found_out_once_too(recipe, packed, model):
+    app = Counted(vllm_app(model))
+    with running(app) as url:
+        remote = with_keys(recipe, teacher={"endpoint": url}, loss={"temperature": 1.0})
+        source, tokenizer = RemoteSource.of(remote), recipe_tokenizer(remote)
+        source.check(tokenizer)
+        asked = len(app.asked)
+        source.inputs(tokenizer)
+        assert len(app.asked) == asked
+        teacher = RemoteSource.of(remote).open(tokenizer)
+        assert len(app.asked) == asked
+        teacher.targets(packed.rows([0]))
+        teacher.close()
+        assert len(app.asked) <= asked + 2  # the targets, and the signature on the new connection
+
+
+def test_a_teacher_that_was_exchanged_since_it_was_found_out_is_refused(recipe, packed, model):
+    other = tiny_model(seed=9)
+    with torch.no_grad():
+        other.get_input_embeddings().weight.mul_(20.0)
+    held = bound()
+    with running(vllm_app(model), held) as url:
+        remote = with_keys(recipe, teacher={"endpoint": url}, loss={"temperature": 1.0})
+        source, tokenizer = RemoteSource.of(remote), recipe_tokenizer(remote)
+        source.check(tokenizer)
+    with running(vllm_app(other), held):
+        teacher = source.open(tokenizer)
+        with pytest.raises(WrongAnswerError, match="changed while this run went on"):
+            teacher.targets(packed.rows([0]))
+        teacher.close()
 
 
 # -- refusals ---------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from limbeck import LocalTeacher, TeacherCache
 from limbeck.config import SamplingConfig
 from limbeck.errors import ConfigError, CorruptError, MismatchError
 from limbeck.losses.fused import fused_distillation_loss
-from limbeck.models import LogitTransform, keeps_documents_apart
+from limbeck.models import LogitTransform, keeps_documents_apart, load_causal_lm
 from limbeck.teachers.base import Teacher
 from limbeck.teachers.build_cache import build_cache
 from limbeck.training.head import attach_objectives
@@ -210,6 +210,32 @@ def test_caches_refuse_what_they_were_not_made_for(recipe, packed, corpus, tmp_p
     with pytest.raises(ConfigError, match="5000 and the teacher's vocabulary has 4096"):
         build_cache(greedy, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(("held", "wanted"), [(None, 7), (12, 6), (12, 12)])
+def test_a_cache_serves_some_of_the_rows_it_was_made_for(recipe, packed, held, wanted):
+    """By their places in the whole split, whatever numbers they go by."""
+    from limbeck.data.dataset import PackedDataset
+
+    made = with_keys(recipe, dataset={"train_rows": held}) if held else recipe
+    build_cache(made, recipe.cache_dir)
+    rows = PackedDataset(recipe.packed_dir, max_rows=wanted)
+    found = TeacherCache(recipe.cache_dir).for_rows(rows)
+    found.check(rows)
+    batch = rows.rows(range(wanted))
+    teacher = LocalTeacher(load_causal_lm(recipe.teacher.model, dtype="float32"), top_k=16)
+    exact = teacher.targets(batch)
+    assert torch.equal(found.targets(batch).token_ids.sort(-1).values, exact.token_ids.sort(-1).values)
+
+
+def test_a_cache_of_too_few_rows_names_how_many_are_missing(recipe, packed):
+    from limbeck.data.dataset import PackedDataset
+
+    build_cache(with_keys(recipe, dataset={"train_rows": 12}), recipe.cache_dir)
+    with pytest.raises(MismatchError, match=r"holds 12 evenly spaced rows .* of the 7 rows of this run are not among"):
+        TeacherCache(recipe.cache_dir).for_rows(PackedDataset(recipe.packed_dir, max_rows=7))
+    with pytest.raises(MismatchError, match="packed dataset"):
+        TeacherCache(recipe.cache_dir).check(packed)
 
 
 def test_the_gate_refuses_a_costly_codec(recipe, packed, tmp_path):
