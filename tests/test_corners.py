@@ -193,7 +193,7 @@ def test_the_table_has_a_teacher_where_it_is_at_hand(recipe, packed, teacher_fol
     found = evaluate_recipe(remote, {"student": str(student)})
     assert list(found) == ["student"]
     assert found["student"]["kl_to_teacher"] is None
-    assert "the table is made without the teacher, which is not there (Failed to connect" in caplog.text
+    assert "is not there, and what compares with it is left out (Failed to connect" in caplog.text
 
 
 def test_a_prefix_counts_once_after_each_begin_of_text_that_is_scored():

@@ -303,10 +303,31 @@ def test_draws_estimate_the_distance_at_their_temperature_alone(rows, teacher):
     found = score_model(model, rows, lengths(), teacher=drawn)
     assert found.kl_to_teacher_estimate == pytest.approx(kl, rel=0.05)
     assert (found.kl_to_teacher, found.kl_to_teacher_at_least) == (None, None)
+    assert score_model(teacher, rows, lengths(), teacher=drawn).top1_agreement == 1.0
     warm = Stored(LocalTeacher(teacher, sampling=sampling, temperatures=(1.0, 2.0), vocab_size=len(lengths())))
     found = score_model(model, rows, lengths(), teacher=warm)
     assert (found.kl_to_teacher, found.kl_to_teacher_at_least, found.kl_to_teacher_estimate) == (None, None, None)
     assert found.top1_agreement is not None
+    same = score_model(teacher, rows, lengths(), teacher=warm)
+    assert same.teacher_mass == pytest.approx(same.student_mass, rel=1e-5)
+
+
+def test_a_batch_without_a_position_counts_for_nothing(teacher):
+    """One-token documents are never scored, and a batch of nothing else has no mean."""
+
+    class Rows:
+        def __len__(self):
+            return 2
+
+        def rows(self, indices):
+            ids = torch.arange(1, 17).reshape(2, 8)
+            docs = torch.tensor([[0] * 8, list(range(8))])
+            return PackedRows(torch.arange(2), ids, docs).slice(indices[0], indices[-1] + 1)
+
+    stored = Stored(LocalTeacher(teacher, top_k=3, vocab_size=len(lengths())))
+    one, both = (score_model(model_of("llama"), Rows(), lengths(), teacher=stored, batch_size=n) for n in (1, 2))
+    assert one.kl_to_teacher_at_least == pytest.approx(both.kl_to_teacher_at_least)
+    assert one.loss == pytest.approx(both.loss)
 
 
 # -- the teacher's targets --------------------------------------------------------------------------------

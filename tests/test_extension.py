@@ -341,7 +341,7 @@ import sys
 from pathlib import Path
 sys.path[:0] = {paths!r}
 from conftest import tiny_model
-from limbeck import DistillationTrainer
+from limbeck import DistillationTrainer, ranks
 from limbeck.config import Recipe
 from limbeck.data.dataset import PackedDataset
 from limbeck.plugins import load_plugins
@@ -354,6 +354,8 @@ trainer = DistillationTrainer(
     train_dataset=PackedDataset({data!r}),
 )
 trainer.train()
+ranks.shut_down()
+ranks.end(0)
 """
 
 

@@ -273,6 +273,7 @@ ACROSS = {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 16}
 SHARDED = """
 import sys, torch
 import torch.distributed as dist
+from limbeck import ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -308,6 +309,7 @@ if dist.get_rank() == 0:
     torch.save(full, sys.argv[2])
 dist.barrier()
 dist.destroy_process_group()
+ranks.end(0)
 """
 
 

@@ -13,7 +13,7 @@ from limbeck import LocalTeacher, TeacherCache
 from limbeck.config import Recipe, SamplingConfig
 from limbeck.data.dataset import PackedDataset, PackedRows
 from limbeck.data.tokenizer import recipe_tokenizer
-from limbeck.errors import ConfigError, CorruptError, LimbeckError
+from limbeck.errors import ConfigError, CorruptError, LimbeckError, MismatchError
 from limbeck.evaluation.fidelity import score_model
 from limbeck.evaluation.suites import Fidelity, table
 from limbeck.models import load_causal_lm
@@ -21,6 +21,7 @@ from limbeck.pipeline import run_pipeline
 from limbeck.targets.sparse import SparseTargets
 from limbeck.targets.tail import estimate_log_z
 from limbeck.targets.wire import decode_targets, encode_targets
+from limbeck.teachers import identity
 from limbeck.teachers.base import Teacher
 from limbeck.teachers.check import check_targets
 from limbeck.teachers.http import RefusedError, UnreachableError, WrongAnswerError
@@ -249,7 +250,6 @@ def test_a_run_with_a_remote_teacher_finds_it_out_once_and_shows_its_kl(recipe, 
         remote = with_keys(recipe, teacher={**keys, "endpoint": url}, tokenizer={"name": str(teacher_folder)}, **limits)
         found = run_pipeline(remote).results["evaluation"]["student_kd"]
     assert app.asked.count("/v1/teacher") == 1
-    assert app.asked.count("/health") == 1
     assert list(run_pipeline(remote).results["evaluation"]) == [
         "student_kd"
     ]  # the server is gone, and it is found done
@@ -262,6 +262,55 @@ def test_a_run_with_a_remote_teacher_finds_it_out_once_and_shows_its_kl(recipe, 
     head, _ = table({"student": found}, [Fidelity()])
     assert "KL to teacher ≥" in head
     assert "KL to teacher" not in head
+
+
+def test_the_table_does_without_a_teacher_that_has_gone_and_gains_it_when_it_is_back(recipe, teacher_folder, caplog):
+    """Nothing is waited for long, the run ends well, and the next one with the teacher makes the table again."""
+    short = {
+        "training": {"max_steps": 1, "learning_rate": 1e-3, "report_to": []},
+        "tokenizer": {"name": str(teacher_folder)},
+    }
+    held = bound()
+    with running(limbeck_app(teacher_folder), held) as url:
+        remote = with_keys(recipe, teacher={"endpoint": url, "retries": 0, "timeout": 2.0}, **short)
+        run_pipeline(remote, "train")
+    caplog.set_level("INFO", "limbeck")
+    gone = run_pipeline(remote).results["evaluation"]["student_kd"]
+    assert gone["kl_to_teacher_at_least"] is None
+    assert "is not there, and what compares with it is left out" in caplog.text
+    assert [stage.state for stage in run_pipeline(remote).stages][-1] == "skipped"
+    with running(limbeck_app(teacher_folder), held):
+        back = run_pipeline(remote)
+        assert back.results["evaluation"]["student_kd"]["kl_to_teacher_at_least"] > 0
+    again = run_pipeline(remote)
+    assert [stage.state for stage in again.stages][-1] == "skipped"
+    assert again.results["evaluation"] == back.results["evaluation"]
+
+
+def test_an_endpoint_that_cannot_give_what_is_wanted_is_not_remembered(recipe, packed, teacher_folder):
+    with running(limbeck_app(teacher_folder, max_top_k=8)) as url:
+        remote = with_keys(recipe, teacher={"endpoint": url})
+        for _ in range(2):
+            source = RemoteSource.of(remote)
+            with pytest.raises(ConfigError, match="top_k is 16 and the endpoint gives at most 8"):
+                source.check(recipe_tokenizer(remote))
+            assert not source.memory.was_asked()
+
+
+def test_an_endpoint_that_comes_back_as_another_model_is_refused(recipe, packed, model):
+    """It was not there when its inputs were wanted, so it was taken for who it had been."""
+    other = tiny_model(seed=9)
+    with torch.no_grad():
+        other.get_input_embeddings().weight.mul_(20.0)
+    held = bound()
+    with running(vllm_app(model), held) as url:
+        remote = with_keys(recipe, teacher={"endpoint": url, "retries": 0, "timeout": 2.0}, loss={"temperature": 1.0})
+        tokenizer = recipe_tokenizer(remote)
+        RemoteSource.of(remote).check(tokenizer)
+    identity._FOUND.clear(), identity._ANSWERED.clear()
+    RemoteSource.of(remote).inputs(tokenizer)
+    with running(vllm_app(other), held), pytest.raises(MismatchError, match="serves another model than when this run"):
+        RemoteSource.of(remote).open(tokenizer)
 
 
 def test_a_teacher_known_by_its_signature_is_found_out_once_too(recipe, packed, model):

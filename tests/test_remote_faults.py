@@ -136,6 +136,11 @@ def test_a_dead_endpoint_does_not_stop_the_others(teacher_folder, rows):
             teacher.close()
 
 
+def forget():
+    for memory in (identity._FOUND, identity._ANSWERED, identity._REMEMBERED):
+        memory.clear()
+
+
 def test_names_of_teachers_hold_between_ranks_and_folders(recipe, packed, model):
     """Signatures differ a little every time; the name must not, wherever it is asked for."""
 
@@ -151,14 +156,14 @@ def test_names_of_teachers_hold_between_ranks_and_folders(recipe, packed, model)
     with running(vllm_app(Noisy(model))) as url:
         names = []
         for _ in range(3):
-            identity._FOUND.clear(), identity._KNOWN.clear()
+            forget()
             names.append(remote_identity(over(url)))
         build_cache(over(url), recipe.cache_dir)
-        identity._FOUND.clear(), identity._KNOWN.clear()
+        forget()
         (recipe.root / "endpoints.json").unlink()  # results brought from elsewhere
         names.append(remote_identity(over(url)))
     assert all(name == names[0] for name in names)
-    identity._FOUND.clear(), identity._KNOWN.clear()
+    forget()
     assert remote_identity(over(url)) == names[0], "remembered when it is gone"
 
 

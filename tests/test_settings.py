@@ -82,7 +82,7 @@ WITHOUT = [
         {"teacher": {"use_cached_logits": False, "cache_dir": "x"}},
         "teacher.cache.dir has no effect: targets are not cached (teacher.use_cached_logits)",
     ),
-    ({"dataset": {"config_name": "en"}}, "dataset.config_name has no effect: dataset.name is no dataset of the hub"),
+    ({"dataset": {"config_name": "en"}}, "dataset.config_name has no effect: dataset.name is no dataset"),
     (
         {"training": {"max_steps": 5, "num_train_epochs": 3}},
         "training.num_train_epochs has no effect: training.max_steps decides",

@@ -87,6 +87,7 @@ trainer.save_model(out)
 if trainer.is_world_process_zero():
     torch.save([e["loss"] for e in trainer.state.log_history if "loss" in e], out + "/losses.pt")
 ranks.shut_down()
+ranks.end(0)
 """
 
 

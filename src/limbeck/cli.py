@@ -5,7 +5,6 @@
 Exit codes: 0 done, 1 failed, 2 bad usage or configuration.
 """
 
-import atexit
 import contextlib
 import json
 import os
@@ -191,11 +190,9 @@ def console() -> NoReturn:
     """The `limbeck` command as a process of its own."""
     code = main()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # Threads of the process group that are still there would abort the interpreter's own end.
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        from limbeck import ranks
+
+        ranks.end(code)
     sys.exit(code)
 
 

@@ -4,10 +4,12 @@ The one idea: stages that are made once are made by rank 0 while the others wait
 stages that all ranks share (the cache's shards, training) start once rank 0 has begun the folder.
 """
 
+import atexit
 import os
 import sys
 import time
 from collections.abc import Callable
+from typing import NoReturn
 
 from limbeck.console import say
 
@@ -30,6 +32,14 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
         if time.monotonic() - said > 60:
             said = time.monotonic()
             say(f"rank {rank()} has waited {said - started:.0f} s for {what}")
+
+
+def end(code: int) -> NoReturn:
+    """End a process of a torchrun: threads of the process group that are still there would abort the usual end."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def shut_down() -> None:

@@ -55,7 +55,9 @@ class RemoteTeacherConfig(Section):
     )
     max_concurrent: PositiveInt = Field(8, description="Requests in flight at one endpoint.")
     max_request_tokens: PositiveInt = Field(8192, description="Tokens in one request; larger batches are cut.")
-    parallel: bool = Field(True, description="Ask for the next micro-batches while the student works.")
+    parallel: bool = Field(
+        True, description="Ask for the next micro-batches while the student works (and for the next shard of a cache)."
+    )
     micro_batches: PositiveInt = Field(8, description="Micro-batches whose targets are asked for ahead.")
     logprobs: Literal["float16", "float32"] = Field(
         "float16", description="Precision of log-probabilities on the wire (protocol limbeck)."

@@ -22,7 +22,7 @@ class _When:
 
 
 def _reads_hub_dataset(recipe: Recipe) -> bool:
-    return recipe.dataset.name != "stdlib" and not Path(recipe.dataset.name).exists()
+    return recipe.dataset.name != "stdlib" and not Path(recipe.dataset.name).is_file()
 
 
 _RULES = (
@@ -38,7 +38,7 @@ _RULES = (
     _When(["teacher.cache."], lambda r: not r.distils or r.teacher.reads_cache,
           "targets are not cached (teacher.use_cached_logits)"),
     _When(["dataset.config_name", "dataset.revision", "dataset.streaming"], _reads_hub_dataset,
-          "dataset.name is no dataset of the hub"),
+          "dataset.name is no dataset"),
     _When(["training.num_train_epochs"], lambda r: r.training.max_steps == -1, "training.max_steps decides"),
     _When(["training.decay_ratio", "training.decay_type"],
           lambda r: r.training.lr_scheduler_type == "warmup_stable_decay" or r.stages.enabled,

@@ -48,7 +48,7 @@ class Scores:
         kl_to_teacher_at_least: the same over the teacher's stored ids and the rest as one: a lower bound.
         kl_to_teacher_estimate: the same from draws of the teacher's tail at temperature 1.
         top1_agreement: share of positions where both prefer the same id.
-        teacher_mass, student_mass: probability the two give to the teacher's `top_k` likeliest ids.
+        teacher_mass, student_mass: probability the two give to the teacher's `top_k` likeliest ids (or the stored).
     """
 
     loss: float
@@ -161,8 +161,7 @@ class _TeacherView:
 
     def _against_targets(self, log_q: torch.Tensor, targets: SparseTargets) -> torch.Tensor:
         targets = targets.restrict_vocabulary(log_q.shape[-1])
-        at = targets.sampling_temperature or 1.0
-        log_p = torch.where(targets.valid, targets.at_temperature(at)[0], -math.inf)
+        log_p = torch.where(targets.valid, targets.logprobs, -math.inf)
         ids = targets.token_ids.clamp_min(0).long()
         best = ids.gather(1, log_p.argmax(dim=-1, keepdim=True)).squeeze(1)
         student = torch.where(targets.valid, log_q.gather(1, ids), -math.inf)
@@ -214,7 +213,7 @@ def _score_batch(
     clock = _now(model)
     hidden, head = _hidden(model, rows, attention), OutputHead(model)
     totals[3] += _now(model) - clock
-    for part in torch.split(valid, head.positions_in(_CHUNK_BYTES)):
+    for part in torch.split(valid, head.positions_in(_CHUNK_BYTES)) if len(valid) else ():
         clock = _now(model)
         log_q = head.log_probs(hidden[part.to(hidden.device)])
         totals[3] += _now(model) - clock

@@ -7,16 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.config import ModelSource, Recipe
-from limbeck.console import warn
 from limbeck.data.dataset import PackedDataset
 from limbeck.data.tokenizer import LoadedTokenizer, load_tokenizer, recipe_tokenizer, require_same
 from limbeck.errors import LimbeckError
 from limbeck.evaluation.suites import Subject, Suite, suites_of, table
 from limbeck.models import load_frozen, require_packing, verified_transform
 from limbeck.storage import atomic_write_text
-from limbeck.teachers.base import Teacher
-from limbeck.teachers.http import UnreachableError
-from limbeck.teachers.sources import TeacherSource, scoring_source
+from limbeck.teachers.sources import scoring_source
 
 
 def evaluate_recipe(recipe: Recipe, models: dict[str, str]) -> dict[str, dict[str, Any]]:
@@ -36,8 +33,9 @@ def evaluate_recipe(recipe: Recipe, models: dict[str, str]) -> dict[str, dict[st
     attention, remote_code = recipe.dataset.attention, recipe.student.trust_remote_code
     results: dict[str, dict[str, Any]] = {}
     with contextlib.ExitStack() as stack:
-        teacher = _teacher(scoring_source(recipe), tokenizer, rows)
-        if teacher is not None:
+        source, teacher = scoring_source(recipe), None
+        if source is not None and source.is_there(tokenizer):
+            teacher = source.open(tokenizer, rows)
             stack.callback(teacher.close)
 
         def score(name: str, model: Any) -> None:
@@ -48,20 +46,9 @@ def evaluate_recipe(recipe: Recipe, models: dict[str, str]) -> dict[str, dict[st
         if teacher is not None and teacher.model is not None:
             score("teacher", teacher.model)
         for name, folder in models.items():
-            source = ModelSource(folder, None, remote_code)
-            score(name, _load(source, tokenizer, recipe.training.device, attention, recipe.packed_dir))
+            model = ModelSource(folder, None, remote_code)
+            score(name, _load(model, tokenizer, recipe.training.device, attention, recipe.packed_dir))
     return results
-
-
-def _teacher(source: TeacherSource | None, tokenizer: LoadedTokenizer, rows: PackedDataset) -> Teacher | None:
-    """The teacher that the models are compared with; one that has gone away leaves its columns out."""
-    if source is None:
-        return None
-    try:
-        return source.open(tokenizer, rows)
-    except UnreachableError as error:
-        warn(f"the table is made without the teacher, which is not there ({error}). Once it is, `limbeck eval` adds it")
-        return None
 
 
 def _load(source: ModelSource, tokenizer: LoadedTokenizer, device: str | None, attention: str, data: Path) -> Any:

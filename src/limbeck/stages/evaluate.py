@@ -39,12 +39,19 @@ class EvaluateStage(Stage):
         """The students, the rows, the teacher, and what is measured."""
         from limbeck.teachers.sources import scoring_source
 
+        recipe, tokenizer = self.recipe, recipe_tokenizer(self.recipe)
+        source = scoring_source(recipe)
+        made = self._inputs(None if source is None else source.inputs(tokenizer))
+        if source is None or StageFolder(self.path, self.command, made, self.backup).is_kept():
+            return made
+        return made if source.is_there(tokenizer) else self._inputs(None)
+
+    def _inputs(self, teacher: dict[str, Any] | None) -> dict[str, Any]:
         recipe = self.recipe
-        teacher = scoring_source(recipe)
         return {
             "packed": PackedManifest.read(recipe.packed_dir).fingerprint,
             "students": {name: StudentManifest.read(path).weights for name, path in self.students.items()},
-            "teacher": teacher.inputs(recipe_tokenizer(recipe)) if teacher else None,
+            "teacher": teacher,
             "attention": recipe.dataset.attention,
             "max_rows": recipe.evaluation.max_rows,
             "top_k": recipe.teacher.top_k,

@@ -29,7 +29,11 @@ _LATER = (408, 425, 429, 502, 503, 504)  # "come back"; a 500 may be how it refu
 _SHOWN = 300  # characters of a server's own words in an error
 
 
-class UnreachableError(LimbeckError):
+class EndpointError(LimbeckError):
+    """Something is wrong with an endpoint, not with this machine's files or settings."""
+
+
+class UnreachableError(EndpointError):
     """No connection to the endpoint when the run starts."""
 
 
@@ -37,15 +41,15 @@ class UnreadyError(UnreachableError):
     """The endpoint is there and says that it cannot answer yet."""
 
 
-class RefusedError(LimbeckError):
+class RefusedError(EndpointError):
     """The endpoint understood the request and will not answer it."""
 
 
-class WrongAnswerError(LimbeckError):
+class WrongAnswerError(EndpointError):
     """An answer that arrived whole and cannot be used: shape, vocabulary, probabilities, model."""
 
 
-class LostError(LimbeckError):
+class LostError(EndpointError):
     """The endpoint went away during the run and did not come back in time."""
 
 

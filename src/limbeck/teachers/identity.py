@@ -12,13 +12,13 @@ from typing import Any
 from filelock import FileLock
 
 from limbeck.config.teacher import RemoteTeacherConfig
-from limbeck.console import say
+from limbeck.console import say, warn
 from limbeck.data.tokenizer import LoadedTokenizer
-from limbeck.errors import ConfigError
+from limbeck.errors import ConfigError, MismatchError
 from limbeck.folders import StageFolder
 from limbeck.storage import read_json, write_json
 from limbeck.teachers.discovery import Discovery, discover
-from limbeck.teachers.http import RefusedError, TeacherClient, UnreachableError
+from limbeck.teachers.http import EndpointError, TeacherClient
 from limbeck.teachers.keys import environment_key
 from limbeck.teachers.protocols.base import EndpointInfo, Signature
 from limbeck.teachers.signature import from_record, same_signature, to_record
@@ -26,7 +26,9 @@ from limbeck.teachers.signature import from_record, same_signature, to_record
 _MEMORY = "endpoints.json"
 #: What is known of endpoints in this process, by the run's folder, and by endpoint and tokenizer.
 _FOUND: dict[tuple[str, ...], Discovery] = {}
-_KNOWN: dict[tuple[str, ...], dict[str, Any]] = {}
+#: Who answered, and who is remembered where nobody did.
+_ANSWERED: dict[tuple[str, ...], dict[str, Any]] = {}
+_REMEMBERED: dict[tuple[str, ...], dict[str, Any]] = {}
 
 
 def connection(section: RemoteTeacherConfig) -> dict[str, Any]:
@@ -83,28 +85,60 @@ class EndpointMemory:
         return _FOUND[key]
 
     def identity(self, tokenizer: LoadedTokenizer) -> dict[str, Any]:
-        """Who answers at the endpoint, and the vocabulary its targets will have.
+        """Who answers at the endpoint, and the vocabulary its targets will have; who did, where nobody answers now.
 
         Raises:
             UnreachableError: nobody answers, and nobody has before in this run's folder.
         """
         place = (str(self._path), self._key)
-        identity = _KNOWN.get(place) or self._asked(tokenizer)
-        _KNOWN[place] = identity
-        size = identity["vocab_size"] or self.section.vocab_size or tokenizer.vocab_size
-        return {**identity, "vocab_size": size}
+        held = _ANSWERED.get(place) or _REMEMBERED.get(place)
+        if held is None:
+            known = _read(self._path)["endpoints"].get(self._key)
+            try:
+                # One that was there before may be gone for good, and finished work needs it no more: little patience.
+                found = self.discovery(tokenizer, **({"retries": 2} if known else {}))
+            except (EndpointError, ConfigError) as error:
+                if known is None:
+                    raise
+                url = self.section.endpoint[0]
+                say(f"{url} cannot be asked; what is finished with it is used ({str(error)[:100]} …)")
+                _REMEMBERED[place] = held = dict(known)
+            else:
+                held = self._record(found)
+        return {**held, "vocab_size": held["vocab_size"] or self.section.vocab_size or tokenizer.vocab_size}
 
-    def _asked(self, tokenizer: LoadedTokenizer) -> dict[str, Any]:
-        known = _read(self._path)["endpoints"].get(self._key)
+    def confirmed(self, tokenizer: LoadedTokenizer) -> dict[str, Any]:
+        """The identity of the endpoint that has just answered, which must be who is remembered, if anybody is.
+
+        Raises:
+            MismatchError: another model answers than the one that this process has taken it for.
+        """
+        place = (str(self._path), self._key)
+        found = _ANSWERED.get(place) or self._record(self.discovery(tokenizer))
+        if place in _REMEMBERED and _REMEMBERED[place] != found:
+            raise MismatchError(
+                f"{self.section.endpoint[0]} serves another model than when this run last asked it. Start the first "
+                "one again and continue, or run the same command again for what the new one makes."
+            )
+        return self.identity(tokenizer)
+
+    def is_there(self, tokenizer: LoadedTokenizer) -> bool:
+        """True when the endpoint answers now; says why not. It is not waited for long."""
         try:
-            # One that was there before may be gone for good, and what is finished needs it no more: little patience.
-            found = self.discovery(tokenizer, **({"retries": 2} if known else {}))
-        except (UnreachableError, RefusedError, ConfigError) as error:
-            if known is None:
-                raise
+            self.discovery(tokenizer, retries=2)
+            client = TeacherClient(self.section.endpoint[:1], **{**connection(self.section), "retries": 2})
+            try:
+                client.run(client.ask(client.endpoints[0], "/health"))
+            finally:
+                client.close()
+        except (EndpointError, ConfigError) as error:
             url = self.section.endpoint[0]
-            say(f"{url} cannot be asked; what is finished with it is used ({str(error)[:100]} …)")
-            return dict(known)
+            warn(f"the teacher at {url} is not there, and what compares with it is left out ({error})")
+            return False
+        return True
+
+    def _record(self, found: Discovery) -> dict[str, Any]:
+        """Keep who answered, in this process and in the run's folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / f".{_MEMORY}.lock"):  # ranks ask at once, and must agree on a name
             held = _read(self._path)
@@ -113,6 +147,7 @@ class EndpointMemory:
                 held["signatures"].append(identity["signature"])
             held["endpoints"][self._key] = identity
             write_json(self._path, held)
+        _ANSWERED[str(self._path), self._key] = identity
         return identity
 
     def _recorded(self) -> list[dict[str, Any]]:

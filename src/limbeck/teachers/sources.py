@@ -6,7 +6,7 @@ other work), and opens the teacher that gives them. Add one with a class that fu
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -45,6 +45,10 @@ class TeacherSource(ABC):
 
     def check(self, tokenizer: LoadedTokenizer) -> None:  # noqa: B027 (most are looked at when they are opened)
         """Find out, before hours of other work, whether it can be had."""
+
+    def is_there(self, tokenizer: LoadedTokenizer) -> bool:
+        """False, with a warning, when it has gone away; what can do without it then does."""
+        return True
 
 
 @dataclass(frozen=True)
@@ -133,10 +137,14 @@ class RemoteSource(TeacherSource):
             warn(f"the key of {settings.api_key_env} goes to {open_urls[0]} unencrypted; use https:// or a tunnel")
         return teacher
 
+    def is_there(self, tokenizer: LoadedTokenizer) -> bool:
+        """Asked with little patience."""
+        return self.memory.is_there(tokenizer)
+
     def _connect(self, tokenizer: LoadedTokenizer) -> RemoteTeacher:
         settings = self.settings
         found = self.memory.discovery(tokenizer)
-        return RemoteTeacher.connect(
+        teacher = RemoteTeacher.connect(
             settings.endpoint,
             **asdict(self.spec) | {"sampling": self.spec.sampling},
             tokenizer=tokenizer,
@@ -148,9 +156,14 @@ class RemoteSource(TeacherSource):
             max_request_tokens=settings.max_request_tokens,
             ahead=settings.micro_batches if settings.parallel else 0,
             found=found,
-            identity=self.memory.identity(tokenizer),
             **connection(settings),
         )
+        try:  # remembered once it is known to be what is wanted
+            teacher.identity = self.memory.confirmed(tokenizer)
+        except BaseException:
+            teacher.close()
+            raise
+        return teacher
 
     def check(self, tokenizer: LoadedTokenizer) -> None:
         """It is there and can give what the recipe wants.
@@ -232,7 +245,8 @@ def scoring_source(recipe: Recipe) -> TeacherSource | None:
     """
     section = recipe.teacher
     if section.model is not None and not section.is_remote:
-        return LocalSource.of(recipe)
+        own = LocalSource.of(recipe)
+        return replace(own, spec=TargetSpec(1, (1.0,), own.spec.attention))  # whole distributions: no ids are stored
     if not recipe.distils:
         return None
     cache = CacheSource.of(recipe)
