@@ -7,11 +7,12 @@ import sys
 import pytest
 
 from conftest import digest, limbeck
+from limbeck.cli.options import parse_flags
 from limbeck.config import Recipe
 from limbeck.config.moved import present_key
 from limbeck.errors import ConfigError
 from limbeck.pipeline import plan, run_pipeline
-from limbeck.recipe import ALIASES, keys, load_recipe, parse_flags
+from limbeck.recipe import ALIASES, keys, load_recipe
 
 
 def test_help_is_light():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.cli import _SUBCOMMANDS
+from limbeck.cli.table import SUBCOMMANDS, SWITCHES
 from limbeck.config.moved import EARLIER
 from limbeck.recipe import ALIASES, keys, load_recipe
 
@@ -58,12 +58,11 @@ def test_commands_and_flags_exist(page):
         *dict(keys()),
         *(alias.replace("-", "_") for alias in ALIASES),
         "config",
-        "json",
         "help",
-        "pretrain_ce_only",
+        *(name.replace("-", "_") for name in SWITCHES),
         *EARLIER,
     }
-    for sub in _SUBCOMMANDS.values():
+    for sub in SUBCOMMANDS.values():
         known |= {name.replace("-", "_") for name in (*sub.switches, *sub.aliases)}
     lines = [line for line in page.read_text().splitlines() if re.match(r"\s*(limbeck |torchrun .*-m limbeck )", line)]
     for line in lines:
@@ -71,7 +70,7 @@ def test_commands_and_flags_exist(page):
         words = words[words.index("limbeck") + 1 :]
         if words[0] == "COMMAND":
             continue
-        assert words[0] in _SUBCOMMANDS or " ".join(words[:2]) in _SUBCOMMANDS, line
+        assert words[0] in SUBCOMMANDS or " ".join(words[:2]) in SUBCOMMANDS, line
         for flag in (word[2:].partition("=")[0] for word in words if word.startswith("--")):
             assert flag.replace("-", "_") in known, f"{page.name}: --{flag}"
 

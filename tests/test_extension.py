@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from conftest import TINY, limbeck, loss_request, save_model, stopped_after, tiny_model
 from limbeck import LocalTeacher, SparseTargets, fused_distillation_loss
+from limbeck.cli.options import parse_flags
 from limbeck.config import Recipe
 from limbeck.config.base import merged
 from limbeck.errors import ConfigError
@@ -24,7 +25,7 @@ from limbeck.models import load_causal_lm
 from limbeck.optim.hybrid import ALGORITHMS
 from limbeck.pipeline import build_stages
 from limbeck.plugins import load_plugins, plugin_identity
-from limbeck.recipe import load_recipe, parse_flags
+from limbeck.recipe import load_recipe
 from limbeck.registry import DIVERGENCES, STAGES, Choice, Registry
 from limbeck.stages.train import TrainStage
 from limbeck.training.head import LossRequest, attach_objectives

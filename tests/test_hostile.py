@@ -450,7 +450,7 @@ def test_rows_without_a_number_are_drawn_by_their_content(teacher_folder, rows):
 
 
 def test_the_commands_bounds_are_keys():
-    done = limbeck("teacher", "serve", "--help")
+    done = limbeck("teacher", "serve", "--help-all")
     assert "--teacher_server.max_connections" in done.stdout
     recipe = Recipe.model_validate({"teacher_server": {"max_connections": 7}})
     assert recipe.teacher_server.max_connections == 7

@@ -7,12 +7,13 @@ import yaml
 
 from conftest import limbeck, with_keys
 from limbeck import LocalTeacher, RemoteTeacher, fused_distillation_loss
+from limbeck.cli.options import parse_flags
 from limbeck.config import LossConfig, Recipe, TeacherConfig
 from limbeck.config.teacher import CacheConfig, LocalTeacherConfig, RemoteTeacherConfig
 from limbeck.config.unused import without_effect
 from limbeck.errors import ConfigError
 from limbeck.losses.dense import dense_distillation_loss
-from limbeck.recipe import load_recipe, parse_flags
+from limbeck.recipe import load_recipe
 from limbeck.targets.spec import TargetSpec
 from limbeck.teachers.http import TeacherClient
 

@@ -14,7 +14,6 @@ from limbeck.config.unused import without_effect
 from limbeck.console import warn
 from limbeck.errors import ConfigError
 from limbeck.pipeline import RunReport, plan, run_pipeline
-from limbeck.recipe import keys
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def _report_text(report: RunReport, folder: Path) -> str:
     return "\n\n".join([steps, *report.texts, f"results in {folder}"])
 
 
-def evaluate(recipe: Recipe, options: Options) -> Result:
+def eval_student(recipe: Recipe, options: Options) -> Result:
     """Score a model on the held-out rows."""
     from limbeck.evaluation.run import evaluate_recipe
     from limbeck.evaluation.suites import suites_of, table_text
@@ -141,8 +140,19 @@ def inspect(recipe: Recipe, options: Options) -> Result:
 
     if recipe.export.input is None:
         raise ConfigError("limbeck inspect needs a file: `limbeck inspect model.gguf`.")
-    found = inspect_gguf(recipe.export.input)
+    found = inspect_gguf(_gguf_file(recipe.export.input))
     return Result(found, describe(found))
+
+
+def _gguf_file(path: Path) -> Path:
+    """The file itself, or the one GGUF file of a run's or an export's folder."""
+    if not path.is_dir():
+        return path
+    found = sorted({*path.glob("*.gguf"), *path.glob("export/*.gguf")})
+    if len(found) != 1:
+        named = ", ".join(map(str, found)) or "none"
+        raise ConfigError(f"{path} holds {len(found)} GGUF files ({named}); name one: `limbeck inspect FILE.gguf`.")
+    return found[0]
 
 
 def config_schema(recipe: Recipe, options: Options) -> Result:
@@ -158,20 +168,6 @@ def config_show(recipe: Recipe, options: Options) -> Result:
 
 
 Command = Callable[[Recipe, Options], Result]
-
-
-def key_help(aliases: dict[str, str], *, only: bool = False) -> str:
-    """Every key (or `only` those with an alias) with its default, meaning and other spellings."""
-    lines = []
-    for key, field in keys():
-        if only and key not in aliases.values():
-            continue
-        default = field.get_default(call_default_factory=True)
-        names = [f"--{alias}" for alias, target in aliases.items() if target == key]
-        also = f" (also {', '.join(names)})" if names else ""
-        shown = "" if default is None or str(default) == "PydanticUndefined" else f" [{default}]"
-        lines.append(f"  --{key}{shown}{also}\n      {field.description}")
-    return "\n".join(lines)
 
 
 def print_result(result: Result, as_json: bool) -> None:

@@ -21,6 +21,8 @@ from limbeck.storage import canonical_json, fingerprint, folder_lock, read_json,
 
 MANIFEST = "manifest.json"
 INPUTS = "inputs.json"
+#: A run's recipe as its user wrote it, flags included: what the folder of a run stands for on the command line.
+RECIPE = "recipe.yaml"
 SCHEMA_VERSION = 1
 
 

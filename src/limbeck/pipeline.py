@@ -7,7 +7,7 @@ folder that is complete with the same hash is found done; one with another hash 
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,10 +15,11 @@ from limbeck import ranks
 from limbeck.config import Recipe
 from limbeck.console import say
 from limbeck.errors import ConfigError, LimbeckError
-from limbeck.folders import MANIFEST
+from limbeck.folders import MANIFEST, RECIPE
+from limbeck.recipe import as_written
 from limbeck.registry import STAGES
 from limbeck.stages.base import Stage
-from limbeck.storage import folder_lock, plain_disk_errors
+from limbeck.storage import atomic_write_text, folder_lock, plain_disk_errors
 
 
 @dataclass
@@ -122,7 +123,8 @@ def run_pipeline(
                 say(f"{stage.name}: {stage.path} exists and is kept as it is")
                 state = "skipped"
             else:
-                state = _run(stage, force=force and stage.name == last)
+                with _keeping_recipe(recipe, stage):
+                    state = _run(stage, force=force and stage.name == last)
             report.stages.append(StageReport(stage.name, state, round(time.perf_counter() - started, 2)))
             stage.made(stages[number + 1 :])
     for stage in stages:
@@ -131,6 +133,16 @@ def run_pipeline(
         if (text := stage.text(found)) is not None:
             report.texts.append(text)
     return report
+
+
+@contextlib.contextmanager
+def _keeping_recipe(recipe: Recipe, stage: Stage) -> Iterator[None]:
+    """Once the stage has begun, however it ends, the run's folder holds the recipe that it stands for."""
+    try:
+        yield
+    finally:
+        if stage.keeps_recipe and ranks.rank() == 0 and stage.folder.recorded() == stage.folder.fingerprint:
+            atomic_write_text(recipe.root / RECIPE, as_written(recipe))
 
 
 def _follow(stage: Stage) -> str:

@@ -4,11 +4,11 @@ The one idea: a recipe file and the flags after it are the same thing, a tree of
 over the file and the whole is checked once. An unknown key is refused with the nearest known one.
 """
 
-import difflib
+import json
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from pydantic import ValidationError
 
 from limbeck.config import Recipe
 from limbeck.config.base import Section, merged
-from limbeck.config.moved import EARLIER, present_key, rewritten
+from limbeck.config.messages import explain
+from limbeck.config.moved import EARLIER, rewritten
 from limbeck.errors import ConfigError
 from limbeck.plugins import load_plugins, named_plugins
 
@@ -70,14 +71,18 @@ ALIASES: Mapping[str, str] = {
 }
 
 
-#: Below these any key may be given: what is known there is the model's or the part's.
-_OPEN = ("student.config.", "loss.divergence.")
-
-
 class _Loader(yaml.SafeLoader):
-    """YAML where `1e-3` is a number, as it is in Python, JSON and YAML 1.2."""
+    """YAML where `1e-3` is a number and `on` is a word, as in YAML 1.2."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (the library's own attribute)
+        first: [(tag, pattern) for tag, pattern in pairs if tag != "tag:yaml.org,2002:bool"]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
@@ -148,51 +153,53 @@ def keys(model: type[Section] = Recipe, prefix: str = "") -> Iterator[tuple[str,
             yield f"{prefix}{name}", field
 
 
-def parse_flags(
-    arguments: Sequence[str], extra: Mapping[str, str] | None = None, command: str = "limbeck"
-) -> dict[str, Any]:
-    """Turn `--loss.alpha 0.7 --bf16 --report-to=[]` into a tree of keys.
+def optional_sections(model: type[Section] = Recipe, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a section, which may be given as a whole, or as null where it may be absent."""
+    for name, field in model.model_fields.items():
+        inner = sections(field.annotation)
+        if inner is not None and typing.get_origin(field.annotation) is not list:
+            yield f"{prefix}{name}"
+            yield from optional_sections(inner, f"{prefix}{name}.")
 
-    Values are YAML, so `true`, `null`, `1e-3` and `[a, b]` mean what they mean in a recipe; a flag without
-    a value is `true`. `extra` adds a command's own aliases.
+
+def tree_of(given: Mapping[str, str], origins: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The tree of keys that flags stand for.
+
+    Values are YAML, so `true`, `null`, `1e-3` and `[a, b]` mean what they mean in a recipe.
+
+    Args:
+        given: dotted key -> the text given for it.
+        origins: dotted key -> the flag it was given by, for messages.
 
     Raises:
-        ConfigError: a word that is no flag, or a flag that is neither a key nor an alias.
+        ConfigError: a value is no YAML.
     """
-    aliases = {**ALIASES, **(extra or {})}
     known = dict(keys())
     tree: dict[str, Any] = {}
-    position = 0
-    while position < len(arguments):
-        word = arguments[position]
-        position += 1
-        if not word.startswith("--"):
-            raise ConfigError(f"{command}: unexpected argument {word!r}. Keys are given as `--section.key value`.")
-        flag, equals, value = word[2:].partition("=")
-        key = flag.replace("-", "_") if "." in flag else aliases.get(flag.replace("_", "-"), flag.replace("-", "_"))
-        key = present_key(key)
-        if not (key in known or key in EARLIER or key.startswith(_OPEN)):
-            candidates = [*known, *EARLIER, *aliases]
-            raise ConfigError(f"{command}: unknown flag --{flag}{_did_you_mean(flag, candidates, '--') or '.'}")
-        if not equals:
-            if position < len(arguments) and not arguments[position].startswith("--"):
-                value = arguments[position]
-                position += 1
-            else:
-                value = "true"
-        _set_key(tree, key.split("."), _parse_value(value, word, known.get(key)))
+    for key, text in given.items():
+        flag = (origins or {}).get(key, f"--{key}")
+        _set_key(tree, key.split("."), _read_value(text, flag, known.get(key)))
     return tree
 
 
-def _parse_value(text: str, flag: str, field: Any) -> Any:
+def _read_value(text: str, flag: str, field: Any) -> Any:
     """A flag's value: the text itself for keys that hold text or a path, YAML for the others."""
-    kinds = {field.annotation, *typing.get_args(field.annotation)} if field is not None else set()
+    kinds = _alternatives(field.annotation) if field is not None else set()
     if kinds & {str, Path}:
         return None if text == "null" and type(None) in kinds else text
     try:
         return _read_yaml(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(f"the value of {flag} is not valid YAML: {text!r}") from error
+
+
+def _alternatives(annotation: Any) -> set[Any]:
+    """The types that a value may have, without what is inside lists and mappings."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return set().union(*map(_alternatives, typing.get_args(annotation)))
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _alternatives(typing.get_args(annotation)[0])
+    return {annotation}
 
 
 def _set_key(tree: dict[str, Any], path: list[str], value: Any) -> None:
@@ -204,17 +211,15 @@ def _set_key(tree: dict[str, Any], path: list[str], value: Any) -> None:
     tree[path[-1]] = {**known, "name": value} if isinstance(known, dict) and isinstance(value, str) else value
 
 
-def _did_you_mean(word: str, candidates: Sequence[str], prefix: str = "") -> str:
-    """`; did you mean X?` for the closest candidate, or an empty string."""
-    found = difflib.get_close_matches(word, candidates, n=1, cutoff=0.6)
-    if not found:  # `alhpa` alone is nearest to the last part of `loss.alpha`
-        leaves = {candidate.rpartition(".")[2]: candidate for candidate in candidates}
-        found = [leaves[leaf] for leaf in difflib.get_close_matches(word.rpartition(".")[2], leaves, n=1)]
-    return f"; did you mean {prefix}{found[0]}?" if found else ""
-
-
-def load_recipe(path: Path | None, overrides: Mapping[str, Any] | None = None) -> Recipe:
+def load_recipe(
+    path: Path | None, overrides: Mapping[str, Any] | None = None, origins: Mapping[str, str] | None = None
+) -> Recipe:
     """Read a YAML recipe, lay the overrides over it and check the whole.
+
+    Args:
+        path: the file; None for the defaults.
+        overrides: a tree of keys.
+        origins: dotted key of an override -> the flag it was given by, for messages.
 
     Raises:
         ConfigError: the file is missing, is not YAML, or a key or value is wrong; the message gives the
@@ -243,19 +248,12 @@ def load_recipe(path: Path | None, overrides: Mapping[str, Any] | None = None) -
                 where = f"{path or 'configuration'}, stage {stage.stage_name}"
                 recipe.stage_recipe(stage)
     except ValidationError as error:
-        raise ConfigError(_explain(error, where)) from None
+        known = [key for key, _ in keys()] + list(Recipe.model_fields) + list(EARLIER)
+        raise ConfigError(explain(error, where, known, origins)) from None
     return recipe
 
 
-def _explain(error: ValidationError, where: str) -> str:
-    known = [key for key, _ in keys()] + list(Recipe.model_fields)
-    lines = []
-    for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            lines.append(f"unknown key {key}{_did_you_mean(key, known)}")
-        else:
-            reason = problem["msg"].removeprefix("Value error, ")
-            found = "" if isinstance(problem["input"], dict) else f" (found {problem['input']!r})"
-            lines.append(f"{key}: {reason}{found}" if key else reason)
-    return f"{where}: " + "\n  ".join(lines)
+def as_written(recipe: Recipe) -> str:
+    """The keys that a recipe and its flags gave, as YAML; read again they give the same recipe."""
+    given = json.loads(recipe.model_dump_json(exclude_unset=True))
+    return yaml.safe_dump(given, sort_keys=False, allow_unicode=True)

@@ -165,6 +165,10 @@ class OneOf:
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
         return core_schema.no_info_after_validator_function(self._known, handler(source))
 
+    def names(self) -> list[str]:
+        """All names, in order."""
+        return [*self._also, *self.registry]
+
     def _known(self, value: Any) -> Any:
         try:
             if value not in self._also:
@@ -174,7 +178,7 @@ class OneOf:
         return value
 
     def __get_pydantic_json_schema__(self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler) -> Any:
-        names = {"type": "string", "enum": [*self._also, *self.registry]}
+        names = {"type": "string", "enum": self.names()}
         if handler(schema).get("type") == "string":
             return names
         named = {"type": "object", "required": ["name"], "properties": {"name": names}}

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import core_schema
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
@@ -16,6 +17,25 @@ class Section(BaseModel):
     """A part of the recipe; refuses keys it does not define."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+class _OrWords:
+    """Annotation of a list of names: one text stands for those in it, with commas between them."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_before_validator_function(self._words, handler(source))
+
+    @staticmethod
+    def _words(value: Any) -> Any:
+        return [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else value
+
+    def __get_pydantic_json_schema__(self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler) -> Any:
+        listed = handler(schema)
+        return {"anyOf": [{"type": "string"}, listed]}
+
+
+#: For `Annotated[list[...], OR_WORDS]`.
+OR_WORDS = _OrWords()
 
 
 def default(section: type[Section], key: str) -> Any:

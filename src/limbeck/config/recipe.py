@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import Field, PositiveInt, PrivateAttr, ValidationError, model_validator
 
-from limbeck.config.base import ModelSource, Positive, Section, Seed, merged
+from limbeck.config.base import OR_WORDS, ModelSource, Positive, Section, Seed, merged
 from limbeck.config.data import DatasetConfig, TokenizerConfig
 from limbeck.config.moved import rewritten
 from limbeck.config.student import StudentConfig
@@ -21,7 +21,6 @@ from limbeck.config.training import (
     TrainingConfig,
 )
 from limbeck.errors import ConfigError
-from limbeck.plugins import named_plugins
 from limbeck.registry import SUITES, Choice, OneOf
 
 
@@ -97,7 +96,7 @@ class PipelineConfig(Section):
 
     ce_baseline: bool = Field(False, description="Also train the same student with CE alone, for comparison.")
     generate: bool = Field(False, description="End with a generated sample.")
-    export: list[Literal["packed", "gguf"]] = Field(
+    export: Annotated[list[Literal["packed", "gguf"]], OR_WORDS] = Field(
         default_factory=list, description="Formats to export the student to, with `export.type` and the like."
     )
 
@@ -110,7 +109,7 @@ class Recipe(Section):
     )
     output_dir: Path | None = Field(None, description="Folder of the run; default outputs/NAME.")
     seed: Seed = Field(0, description="Seed of initialisation and data order.")
-    plugins: list[str] = Field(
+    plugins: Annotated[list[str], OR_WORDS] = Field(
         default_factory=list,
         description="Python files or modules that add parts of your own (divergences, objectives, stages …); they are "
         "imported, so that their code runs.",
@@ -136,11 +135,6 @@ class Recipe(Section):
     pipeline: PipelineConfig = Field(default_factory=PipelineConfig, description="Extent of `limbeck run`.")
 
     _suffix: str = PrivateAttr("")  # of the data and cache folders of a stage with a dataset of its own
-
-    @field_validator("plugins", mode="before")
-    @classmethod
-    def _plugins_of_a_flag(cls, value: Any) -> Any:
-        return named_plugins(value) if isinstance(value, str) else value
 
     @model_validator(mode="before")
     @classmethod

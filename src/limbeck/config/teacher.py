@@ -4,9 +4,10 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, GetJsonSchemaHandler, PositiveInt, field_validator, model_validator
+from pydantic_core import CoreSchema
 
-from limbeck.config.base import Count, ModelSource, Positive, Section, Seed
+from limbeck.config.base import OR_WORDS, Count, ModelSource, Positive, Section, Seed
 from limbeck.registry import PROTOCOLS, OneOf
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
@@ -40,7 +41,7 @@ class LocalTeacherConfig(Section):
 class RemoteTeacherConfig(Section):
     """A teacher behind HTTP."""
 
-    endpoint: list[str] = Field(
+    endpoint: Annotated[list[str], OR_WORDS] = Field(
         default_factory=list,
         description="URL of a remote teacher, or several (commas between them) that serve the same model.",
     )
@@ -95,7 +96,7 @@ class CacheConfig(Section):
     rows_per_shard: PositiveInt = Field(256, description="Packed rows in one HDF5 shard of the cache.")
     compression: Literal["gzip", "none"] = Field("gzip", description="HDF5's own filter on top of the codec.")
     max_kl: Positive = Field(1e-4, description="Largest mean KL (nats) the codec may cost; above it caching stops.")
-    splits: list[Literal["train", "validation"]] = Field(
+    splits: Annotated[list[Literal["train", "validation"]], OR_WORDS] = Field(
         ["train", "validation"], description="Splits of the packed data to cache.", min_length=1
     )
 
@@ -123,6 +124,17 @@ class TeacherConfig(Section):
     local: LocalTeacherConfig = Field(default_factory=LocalTeacherConfig, description="A teacher in this process.")
     remote: RemoteTeacherConfig = Field(default_factory=RemoteTeacherConfig, description="A teacher behind HTTP.")
     cache: CacheConfig = Field(default_factory=CacheConfig, description="Targets on disk.")
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """With the short names of the parts' keys, which recipes may use."""
+        found = handler(schema)
+        properties = handler.resolve_ref_schema(found)["properties"]
+        for part in (LocalTeacherConfig, RemoteTeacherConfig, CacheConfig):
+            inner = handler.resolve_ref_schema(handler(part.__pydantic_core_schema__))
+            for name, one in inner["properties"].items():
+                properties.setdefault("cache_dir" if name == "dir" else name, one)
+        return found
 
     @property
     def source(self) -> ModelSource | None:

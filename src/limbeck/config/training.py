@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from limbeck.config.base import Count, Fraction, NotNegative, Positive, Section
+from limbeck.config.base import OR_WORDS, Count, Fraction, NotNegative, Positive, Section
 from limbeck.registry import DIVERGENCES, OBJECTIVES, Choice, OneOf
 
 Tail = Literal["bucket", "renormalise", "ignore"]
@@ -246,7 +246,7 @@ class TrainingConfig(ScheduleConfig):
     )
     resume: bool = Field(True, description="Continue from the newest whole checkpoint in output_dir.")
     resume_from: Path | None = Field(None, description="Continue from this checkpoint of another run or mode.")
-    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+    report_to: Annotated[list[Literal["tensorboard", "wandb", "trackio"]], OR_WORDS] = Field(
         ["tensorboard"], description="Trackers: tensorboard, wandb, trackio; [] for none."
     )
     device: Literal["cpu", "cuda"] | None = Field(None, description="cpu or cuda; default cuda where there is one.")

@@ -62,6 +62,11 @@ class Stage(ABC):
         return StageFolder(self.path, self.command, self.inputs(), self.backup)
 
     @property
+    def keeps_recipe(self) -> bool:
+        """True when the run's folder keeps the recipe that this stage was begun with."""
+        return False
+
+    @property
     def again(self) -> bool:
         """True when the user asks for it although it is done."""
         return False

@@ -43,6 +43,11 @@ class TrainStage(Stage):
         return found
 
     @property
+    def keeps_recipe(self) -> bool:
+        """True for the student itself, whose recipe is the run's."""
+        return self.name == "train"
+
+    @property
     def again(self) -> bool:
         """True when it is to go on from a checkpoint that is named."""
         return self.recipe.training.resume_from is not None and self.path == self.recipe.student_dir
