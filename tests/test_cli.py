@@ -23,6 +23,13 @@ def test_help_is_light():
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def test_processes_that_tokenise_do_without_torch():
+    """Each would need a second and 200 MB to import it, and never use it."""
+    code = "import sys, limbeck.data.tokenize; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

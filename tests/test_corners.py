@@ -21,9 +21,10 @@ from conftest import TINY, TOKENIZER, save_model, stopped_after, tiny_model, wit
 from limbeck import DistillationTrainer, LocalTeacher, SparseTargets, TeacherCache
 from limbeck.config import DatasetConfig, Recipe, StudentConfig, TernaryConfig
 from limbeck.data.dataset import PackedDataset, PackedRows
+from limbeck.data.holdout import held_out
 from limbeck.data.pack import pack
 from limbeck.data.pieces import _changes, _words
-from limbeck.data.sources import held_out, open_source
+from limbeck.data.sources import open_source
 from limbeck.data.tokenizer import _refuse_large_ids, load_tokenizer, train_tokenizer
 from limbeck.errors import ConfigError, LimbeckError, MismatchError
 from limbeck.evaluation.fidelity import _prefix_bytes, score_model

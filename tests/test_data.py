@@ -9,8 +9,9 @@ import torch
 from conftest import TOKENIZER, digest, write_corpus
 from limbeck.config import DatasetConfig
 from limbeck.data.dataset import PackedDataset, PackedRows
+from limbeck.data.holdout import held_out
 from limbeck.data.pack import pack
-from limbeck.data.sources import held_out, open_source
+from limbeck.data.sources import open_source
 from limbeck.data.tokenizer import load_tokenizer, train_tokenizer
 from limbeck.errors import CorruptError, IncompleteError, LimbeckError, MismatchError
 
@@ -68,7 +69,7 @@ def test_a_run_continues_after_its_last_whole_shard(corpus, tokenizer, tmp_path,
         if written == 3:
             raise KeyboardInterrupt
         written += 1
-        original(*arguments)
+        return original(*arguments)
 
     monkeypatch.setattr(module, "_write_shard", stops)
     with pytest.raises(KeyboardInterrupt):

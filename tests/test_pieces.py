@@ -204,7 +204,7 @@ def test_a_long_file_packs_as_its_text_would(tmp_path, monkeypatch):
         if len(written) == 4:
             raise KeyboardInterrupt
         written.append(1)
-        original(*arguments)
+        return original(*arguments)
 
     monkeypatch.setattr(module, "_write_shard", stops)
     with pytest.raises(KeyboardInterrupt):

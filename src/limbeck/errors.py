@@ -28,3 +28,11 @@ class MismatchError(LimbeckError):
 
 class CorruptError(LimbeckError):
     """A file whose checksum, size or shape is not what its manifest says."""
+
+
+class StoppedError(BaseException):  # no handler of errors may take it for one
+    """Work that ended because it was told to, after it had saved what it had; `exit_code` is that of the signal."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

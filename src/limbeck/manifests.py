@@ -52,6 +52,7 @@ class PackedManifest(Manifest):
     command: ClassVar[str] = "data pack"
 
     kind: str = "packed"
+    held_out: str = "documents"
     documents: int
     max_length: int
     tokenizer: TokenizerRecord

@@ -14,7 +14,7 @@ import click
 from limbeck.cli.completion import VARIABLE, install, script
 from limbeck.cli.options import KeyCommand, plain
 from limbeck.cli.table import GROUPS, SUBCOMMANDS, Subcommand
-from limbeck.errors import ConfigError, LimbeckError
+from limbeck.errors import ConfigError, LimbeckError, StoppedError
 
 _EPILOG = (
     "`limbeck COMMAND --help` shows the most used keys, `--help-all` every one. Exit codes: 0 done, 1 failed, 2 bad "
@@ -135,10 +135,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if VARIABLE in os.environ:
         command.main([], prog_name="limbeck", complete_var=VARIABLE)
     signal.signal(signal.SIGTERM, _terminated)
+    if not words:
+        return _usage(command)
     try:
-        return int(command.main(words or ["--help"], prog_name="limbeck", standalone_mode=False) or 0) if words else (
-            _usage(command)
-        )  # fmt: skip
+        return int(command.main(words, prog_name="limbeck", standalone_mode=False) or 0)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         return 2
@@ -148,6 +148,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _failed(_usage_problem(error), 2, as_json)
     except LimbeckError as error:
         return _failed(str(error), error.exit_code, as_json)
+    except StoppedError as stopped:
+        sys.stderr.write(f"{stopped}\n")
+        return stopped.exit_code
     except (KeyboardInterrupt, click.Abort):
         sys.stderr.write("interrupted; run the same command again to continue\n")
         return 130

@@ -25,7 +25,9 @@ class DatasetConfig(Section):
     max_samples: PositiveInt | None = Field(None, description="Stop after this many documents.")
     max_length: Annotated[int, Field(ge=2)] = Field(1024, description="Tokens in a packed row.")
     validation_fraction: Fraction = Field(
-        0.02, description="Share of the documents, chosen by a hash of their name, held out of training."
+        0.02,
+        description="Share of the documents, chosen by a hash of their name, held out of training; of the rows, where "
+        "documents are too few.",
     )
     attention: Literal["per_document", "packed"] = Field(
         "per_document",

@@ -237,7 +237,7 @@ class TrainingConfig(ScheduleConfig):
     eval_steps: PositiveInt | None = Field(None, description="Steps between evaluations; default none.")
     eval_rows: PositiveInt | None = Field(64, description="Held-out rows of an evaluation during training.")
     save_steps: PositiveInt | None = Field(
-        None, description="Steps between checkpoints; default eval_steps, or only at the end. Must divide eval_steps."
+        None, description="Steps between checkpoints; default eval_steps, or 500. Must divide eval_steps."
     )
     save_total_limit: PositiveInt | None = Field(3, description="Newest checkpoints kept, beside the best one.")
     dashboard: Literal["auto", "on", "off"] = Field(

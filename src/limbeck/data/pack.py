@@ -21,7 +21,8 @@ import numpy as np
 from limbeck.config import DatasetConfig
 from limbeck.console import progress, say
 from limbeck.data.dataset import SHARD_FACTS, shard_facts
-from limbeck.data.sources import Document, Source, held_out, open_source
+from limbeck.data.holdout import Holdout
+from limbeck.data.sources import Document, Source, open_source
 from limbeck.data.tokenize import tokenize_documents
 from limbeck.data.tokenizer import LoadedTokenizer
 from limbeck.errors import LimbeckError
@@ -77,7 +78,7 @@ class _Split:
 def pack_inputs(config: DatasetConfig, source: Source, tokenizer: LoadedTokenizer) -> dict[str, Any]:
     """Everything the packed rows depend on; its hash is their fingerprint."""
     return {
-        "format": 2,  # shards say which rows they hold
+        "format": 3,  # shards say which rows they hold; few documents are divided by row
         "source": source.identity(),
         "text_column": config.text_column,
         "max_samples": config.max_samples,
@@ -120,15 +121,22 @@ def _pack(config: DatasetConfig, source: Source, tokenizer: LoadedTokenizer, sta
     started = time.perf_counter()
     folder = stage.path
     splits = _resume(folder)
-    total_documents = _pack_all(config, source, tokenizer, folder, splits)
+    holdout = Holdout.of(config, source)
+    total_documents = _pack_all(config, source, tokenizer, _Writer(folder, splits, holdout))
     if source.without_text:
         say(f"{source.without_text} rows hold no text (null) and are left out")
-    manifest = _packed_manifest(config, tokenizer, stage, splits, total_documents)
+    manifest = _packed_manifest(config, tokenizer, stage, splits, total_documents, holdout.by_row)
     if not manifest.splits["train"].rows:
         stage.clear()
         raise LimbeckError(f"dataset {config.name!r} gave no training rows; it has {total_documents} documents.")
     (folder / _PROGRESS).unlink(missing_ok=True)
     manifest.write(folder)
+    if holdout.by_row:
+        rows = manifest.splits["validation"].rows
+        say(
+            f"{total_documents} documents are too few to hold out whole ones, so {rows} rows are held out: their "
+            "neighbours are trained on, and scores on them are better than on a new text"
+        )
     tokens = sum(split.tokens for split in manifest.splits.values())
     seconds = time.perf_counter() - started
     say(f"packed {total_documents} documents, {tokens:,} tokens in {seconds:.1f} s ({tokens / seconds:,.0f} tokens/s)")
@@ -154,15 +162,35 @@ def _resume(folder: Path) -> dict[str, _Split]:
     return splits
 
 
-def _pack_all(
-    config: DatasetConfig,
-    source: Source,
-    tokenizer: LoadedTokenizer,
-    folder: Path,
-    splits: dict[str, _Split],
-) -> int:
+@dataclass(frozen=True)
+class _Writer:
+    """Where rows go: to the split they were taken from, or row by row to the two of them."""
+
+    folder: Path
+    splits: dict[str, _Split]
+    holdout: Holdout
+
+    def write(self, name: str, tokens: np.ndarray, owners: np.ndarray, *, is_last: bool = False) -> None:
+        """Write rows `[n, T]` of a split; the record of where packing goes on comes after all of their files."""
+        parts = {name: (tokens, owners)}
+        if self.holdout.by_row:
+            before = sum(shard["rows"] for split in self.splits.values() for shard in split.shards)
+            chosen = self.holdout.of_rows(before, len(tokens), is_last=is_last)
+            halves = {"train": ~chosen, "validation": chosen}
+            parts = {half: (tokens[mask], owners[mask]) for half, mask in halves.items() if mask.any()}
+        records = {half: _write_shard(self.folder, self.splits[half], *part) for half, part in parts.items()}
+        for half, record in records.items():
+            self.splits[half].shards.append(record)
+        state = {
+            key: {"shards": value.shards, "document": value.document, "offset": value.offset}
+            for key, value in self.splits.items()
+        }
+        write_json(self.folder / _PROGRESS, state)
+
+
+def _pack_all(config: DatasetConfig, source: Source, tokenizer: LoadedTokenizer, writer: _Writer) -> int:
     """Feed every document to its split; returns the number of documents of the source."""
-    count = 0
+    count, splits = 0, writer.splits
 
     def wanted() -> Iterator[tuple[int, str, Document]]:
         nonlocal count
@@ -170,7 +198,7 @@ def _pack_all(
             if config.max_samples is not None and number >= config.max_samples:
                 return
             count = number + 1
-            name = "validation" if held_out(document.key, config.validation_fraction) else "train"
+            name = "validation" if writer.holdout.of_document(document.key) else "train"
             if number >= splits[name].begun[0]:
                 yield number, name, document
 
@@ -180,40 +208,33 @@ def _pack_all(
             split.add(number, ids)
             while split.pending >= config.rows_per_shard * config.max_length:
                 rows = split.take(config.rows_per_shard, config.max_length, tokenizer.eos_id)
-                _write_shard(folder, splits, name, *rows)
+                writer.write(name, *rows)
             bar.advance(is_last)
     for name, split in splits.items():
         if split.pending:
             last = -(-split.pending // config.max_length)
-            _write_shard(folder, splits, name, *split.take(last, config.max_length, tokenizer.eos_id))
+            writer.write(name, *split.take(last, config.max_length, tokenizer.eos_id), is_last=True)
     return count
 
 
-def _write_shard(folder: Path, splits: dict[str, _Split], name: str, tokens: np.ndarray, owners: np.ndarray) -> None:
+def _write_shard(folder: Path, split: _Split, tokens: np.ndarray, owners: np.ndarray) -> dict[str, Any]:
+    """Write a shard of a split; returns its record."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    split = splits[name]
-    file = f"{name}-{len(split.shards):05d}.parquet"
-    facts = shard_facts(name, sum(shard["rows"] for shard in split.shards), *tokens.shape)
+    file = f"{split.name}-{len(split.shards):05d}.parquet"
+    facts = shard_facts(split.name, sum(shard["rows"] for shard in split.shards), *tokens.shape)
     columns = [pa.FixedSizeListArray.from_arrays(pa.array(a.ravel()), tokens.shape[1]) for a in (tokens, owners)]
     temporary = temporary_for(folder / file)
     table = pa.table(columns, names=["input_ids", "doc_ids"]).replace_schema_metadata({SHARD_FACTS: json.dumps(facts)})
     pq.write_table(table, temporary, compression="snappy", row_group_size=64)
     commit_file(temporary, folder / file)
-    split.shards.append(
-        {
-            "file": file,
-            "rows": len(tokens),
-            "tokens": int(np.count_nonzero(owners >= 0)),
-            "sha256": sha256_file(folder / file),
-        }
-    )
-    state = {
-        key: {"shards": value.shards, "document": value.document, "offset": value.offset}
-        for key, value in splits.items()
+    return {
+        "file": file,
+        "rows": len(tokens),
+        "tokens": int(np.count_nonzero(owners >= 0)),
+        "sha256": sha256_file(folder / file),
     }
-    write_json(folder / _PROGRESS, state)
 
 
 def _packed_manifest(
@@ -222,10 +243,12 @@ def _packed_manifest(
     stage: StageFolder,
     splits: dict[str, _Split],
     documents: int,
+    by_row: bool,
 ) -> PackedManifest:
     return PackedManifest(
         fingerprint=stage.fingerprint,
         documents=documents,
+        held_out="rows" if by_row else "documents",
         max_length=config.max_length,
         tokenizer=TokenizerRecord(name=tokenizer.name, hash=tokenizer.hash, vocab_size=tokenizer.vocab_size),
         splits={

@@ -7,7 +7,6 @@ the training/validation split hashes it, so the same document is held out in eve
 Add a source with one class here and one line in `open_source`.
 """
 
-import hashlib
 import json
 import sysconfig
 from collections.abc import Iterator
@@ -289,9 +288,3 @@ def _document(source: Source, key: str, value: Any, where: str, column: str) -> 
                 "Mend or remove it."
             ) from None
     yield Document(key, value)
-
-
-def held_out(key: str, fraction: float) -> bool:
-    """True when the document belongs to the validation split: a hash of its key, the same everywhere."""
-    digest = hashlib.sha256(key.encode()).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64

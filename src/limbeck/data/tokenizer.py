@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from limbeck.config import DatasetConfig, Recipe
+from limbeck.data.holdout import Holdout
 from limbeck.data.pieces import at_spaces
-from limbeck.data.sources import held_out, open_source
+from limbeck.data.sources import open_source
 from limbeck.errors import LimbeckError, MismatchError
 from limbeck.models import resolve_model
 from limbeck.storage import read_json
@@ -182,6 +183,8 @@ def train_tokenizer(dataset: DatasetConfig, vocab_size: int, folder: Path) -> Lo
 
 
 def _training_texts(dataset: DatasetConfig) -> Iterator[str]:
-    for document in islice(open_source(dataset).documents(), dataset.max_samples):
-        if not held_out(document.key, dataset.validation_fraction):
+    source = open_source(dataset)
+    holdout = Holdout.of(dataset, source)
+    for document in islice(source.documents(), dataset.max_samples):
+        if not holdout.of_document(document.key):
             yield from at_spaces(document.chunks())

@@ -1,35 +1,58 @@
 """Facts about models of transformers, and how they are loaded.
 
 The one idea: everything that loads a model or asks what it is goes through here, so that safetensors-only, no remote
-code, the choice of device and precision, and the meaning of `tiny-python` are decided once.
+code, the choice of device and precision, and the meaning of `tiny-python` are decided once. What needs torch is
+imported on first use: processes that only tokenise load names, and none of it.
 """
 
-from limbeck.models.head import (
-    LogitTransform,
-    OutputHead,
-    embedded_vocab_size,
-    head_replaced,
-    last_hidden_states,
-    verified_transform,
-)
-from limbeck.models.loading import (
-    SHIPPED,
-    bfloat16_is_fast,
-    choose_device,
-    choose_dtype,
-    load_causal_lm,
-    load_frozen,
-    model_identity,
-    require_whole,
-    resolve_model,
-)
-from limbeck.models.structure import (
-    MatrixLayout,
-    hidden_matrices,
-    keeps_documents_apart,
-    refuse_mixed_documents,
-    require_packing,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from limbeck.models.head import (
+        LogitTransform,
+        OutputHead,
+        embedded_vocab_size,
+        head_replaced,
+        last_hidden_states,
+        verified_transform,
+    )
+    from limbeck.models.loading import (
+        SHIPPED,
+        bfloat16_is_fast,
+        choose_device,
+        choose_dtype,
+        load_causal_lm,
+        load_frozen,
+        model_identity,
+        require_whole,
+        resolve_model,
+    )
+    from limbeck.models.structure import (
+        MatrixLayout,
+        hidden_matrices,
+        keeps_documents_apart,
+        refuse_mixed_documents,
+        require_packing,
+    )
+
+#: The module that each name comes from.
+_HOMES = {
+    **dict.fromkeys(
+        ("LogitTransform", "OutputHead", "embedded_vocab_size", "head_replaced", "last_hidden_states",
+         "verified_transform"),
+        "limbeck.models.head",
+    ),
+    **dict.fromkeys(
+        ("SHIPPED", "bfloat16_is_fast", "choose_device", "choose_dtype", "load_causal_lm", "load_frozen",
+         "model_identity", "require_whole", "resolve_model"),
+        "limbeck.models.loading",
+    ),
+    **dict.fromkeys(
+        ("MatrixLayout", "hidden_matrices", "keeps_documents_apart", "refuse_mixed_documents", "require_packing"),
+        "limbeck.models.structure",
+    ),
+}  # fmt: skip
 
 __all__ = [
     "SHIPPED",
@@ -53,3 +76,10 @@ __all__ = [
     "resolve_model",
     "verified_transform",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name the first time it is asked for (PEP 562)."""
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'limbeck.models' has no attribute {name!r}")

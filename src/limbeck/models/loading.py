@@ -10,8 +10,6 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from limbeck.config import ModelSource
 from limbeck.errors import ConfigError, LimbeckError
 from limbeck.storage import fingerprint, sha256_file_cached
@@ -140,6 +138,8 @@ def require_whole(what: str, report: Mapping[str, Collection[Any]], model: Any) 
 
 def bfloat16_is_fast(device: str) -> bool:
     """True when `device` multiplies bfloat16 matrices in hardware."""
+    import torch
+
     if device.startswith("cpu"):
         capabilities = torch.cpu.get_capabilities()
         return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
@@ -152,6 +152,8 @@ def choose_device(wanted: str | None) -> str:
     Raises:
         ConfigError: cuda is wanted and there is none.
     """
+    import torch
+
     if wanted is None:
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if wanted.startswith("cuda") and not torch.cuda.is_available():

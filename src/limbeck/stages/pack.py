@@ -48,9 +48,9 @@ class PackStage(Stage):
         manifest = PackedManifest.read(self.path)
         if not manifest.splits["validation"].rows:
             message = (
-                f"none of the {manifest.documents} documents fell into the validation split "
-                f"(dataset.validation_fraction {recipe.dataset.validation_fraction}, chosen by document). Raise it, "
-                "or cut the text into more documents"
+                f"no row of the {manifest.documents} documents is held out (dataset.validation_fraction "
+                f"{recipe.dataset.validation_fraction}): there is one row of {manifest.max_length} tokens. Lower "
+                "dataset.max_length, or give more text"
             )
             if any(stage.scores_held_out for stage in later):
                 raise LimbeckError(f"{message}.")

@@ -61,13 +61,13 @@ class DistillationArguments(TrainingArguments):
 _SECTIONS: dict[str, type[BaseModel]] = {
     "loss": LossConfig, "optimizer": OptimizerConfig, "schedule": ScheduleConfig, "saddle": SaddleConfig,
 }  # fmt: skip
-_NEVER = 10**9
+_SAVE_STEPS = 500
 
 
 def arguments_from_recipe(recipe: Recipe, output_dir: Path) -> DistillationArguments:
     """The arguments that a recipe means."""
     training = recipe.training
-    every = training.save_steps or training.eval_steps or _NEVER
+    every = training.save_steps or training.eval_steps or _SAVE_STEPS
     on_cpu = choose_device(training.device) == "cpu"
     return DistillationArguments(
         output_dir=str(output_dir),

@@ -184,6 +184,13 @@ class CheckpointingTrainer(Trainer):
             ]
         return first_failure(pieces)
 
+    def _on_any_rank(self, here: bool) -> bool:
+        """True when it is so on any rank."""
+        if self.args.world_size == 1:
+            return here
+        told = torch.tensor(float(here), device=self.args.device)
+        return bool(self.accelerator.reduce(told, reduction="sum") > 0)
+
     def _first_of_any_rank(self, problem: str | None) -> str | None:
         """What went wrong on any rank, so that all do the same."""
         found = gather_object([problem]) if self.args.world_size > 1 else [problem]

@@ -4,6 +4,7 @@ The one idea: a batch is `row_ids`, `input_ids`, `doc_ids`, the shifted labels, 
 the tensors of SparseTargets under `targets`; the trainer needs nothing else.
 """
 
+import signal
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,8 @@ class RowCollator:
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The batch, as a dict of tensors [B, T]."""
+        if torch.utils.data.get_worker_info() is not None:  # Ctrl-C is the trainer's, which ends its loader's processes
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         ids = [torch.as_tensor(item["input_ids"]) for item in items]
         docs = [self._documents(item, len(row)) for item, row in zip(items, ids, strict=True)]
         padding = [_leading_padding(row) for row in docs]

@@ -47,6 +47,7 @@ from limbeck.training.collate import RowCollator
 from limbeck.training.dashboard import Dashboard, wants_dashboard
 from limbeck.training.guard import StepGuard
 from limbeck.training.head import LossRequest, attach_objectives
+from limbeck.training.interruption import Interruption
 from limbeck.training.metrics import StepMetrics, evaluation_metrics
 from limbeck.training.own_parameters import OwnParameters
 from limbeck.training.prefetch import PENDING, TargetsAhead
@@ -129,14 +130,23 @@ class DistillationTrainer(CheckpointingTrainer):
         self.ternary = TernaryWatch(model, args.ternary_warmup_steps) if hasattr(model, "ternary_state") else None
         if self.ternary is not None:
             self.add_callback(self.ternary)
+        self._interruption = Interruption(self._on_any_rank)
+        self.add_callback(self._interruption)
         self.saddle = SaddleCallback(self, args.saddle) if args.saddle.enabled else None
         if self.saddle is not None:
             self.add_callback(self.saddle)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Train; `True` resumes from the newest whole checkpoint of `output_dir`."""
+        """Train; `True` resumes from the newest whole checkpoint of `output_dir`.
+
+        Raises:
+            StoppedError: SIGINT or SIGTERM came; the step in hand was finished and a checkpoint saved.
+        """
         try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            with self._interruption:
+                result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            self._interruption.raise_if_stopped()
+            return result
         finally:
             if self._ahead is not None:
                 self._ahead.close()
