@@ -210,11 +210,11 @@ def test_bad_input_changes_nothing_on_disk(recipe_tree, recipe_file, tmp_path):
     refuse_all()
 
 
-def test_text_without_held_out_documents_is_told_before_training(recipe_tree, recipe_file, tmp_path):
-    (tmp_path / "one.txt").write_text("def f(): return 1\n" * 200)
+def test_text_of_a_single_row_is_told_before_training(recipe_tree, recipe_file, tmp_path):
+    (tmp_path / "one.txt").write_text("def f(): return 1\n")
     code, error = run_in_process("run", recipe_file, "--dataset", tmp_path / "one.txt")
     assert code == 1
-    assert "none of the 1 documents" in error or "no training rows" in error
+    assert "no row of the 1 documents is held out" in error
     assert not (tmp_path / "run" / "student").exists()
 
 

@@ -195,7 +195,8 @@ def test_a_log_line_is_one_line(caplog, monkeypatch):
     with caplog.at_level(logging.INFO, logger="limbeck"), guarded(gate) as address:
         path = "/a%0Aroot%20logged%20in%1b[31m" + "x" * 5000
         assert httpx2.get(f"http://{address[0]}:{address[1]}{path}").status_code == 401
-    lines = [record.getMessage() for record in caplog.records if "status 401" in record.getMessage()]
+    said = {record.getMessage() for record in caplog.records}  # twice where the logger had stopped handing on before
+    lines = [line for line in said if "status 401" in line]
     assert len(lines) == 1
     assert "\n" not in lines[0]
     assert "\x1b" not in lines[0]

@@ -114,6 +114,9 @@ def run_pipeline(
     stages = select(build_stages(recipe), last)
     if force and ranks.world_size() > 1:
         raise ConfigError("--force starts over in one process; run it once without torchrun first.")
+    in_the_way = next((path for path in (recipe.root, *recipe.root.parents) if path.exists()), recipe.root)
+    if in_the_way.is_file():
+        raise ConfigError(f"{recipe.root} cannot be made: {in_the_way} is a file. Choose another output_dir.")
     for stage in reversed(stages):  # the last ask the least: an endpoint is looked at when all else is well
         stage.check()
     with folder_lock(recipe.root) if ranks.rank() == 0 else contextlib.nullcontext():

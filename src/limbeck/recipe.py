@@ -234,11 +234,12 @@ def load_recipe(
         except RecursionError:
             raise ConfigError(f"recipe {path} is nested too deeply; no recipe is.") from None
         except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
-            raise ConfigError(f"recipe {path} is not valid YAML: {error}") from error
+            raise ConfigError(f"recipe {path} is not valid YAML: {_yaml_problem(error)}") from error
         if not isinstance(tree, dict):
             raise ConfigError(f"recipe {path} holds a {type(tree).__name__}; it must be a mapping of sections.")
         tree.setdefault("name", path.stem)
-    tree = rewritten(merged(rewritten(tree), overrides or {}), override=True)
+    tree = _replaced_architecture(rewritten(tree), overrides or {})
+    tree = rewritten(merged(tree, overrides or {}), override=True)
     where = str(path or "configuration")
     load_plugins(named_plugins(tree.get("plugins")))
     try:
@@ -251,6 +252,24 @@ def load_recipe(
         known = [key for key, _ in keys()] + list(Recipe.model_fields) + list(EARLIER)
         raise ConfigError(explain(error, where, known, origins)) from None
     return recipe
+
+
+def _yaml_problem(error: Exception) -> str:
+    """What is wrong and where, in one line."""
+    mark = getattr(error, "problem_mark", None)
+    said = getattr(error, "problem", None) or str(error)
+    where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark is not None else ""
+    return " ".join(str(said).split()) + where
+
+
+def _replaced_architecture(tree: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """`--student-model` over a recipe that describes a new student: weights bring their own architecture."""
+    student, given = tree.get("student"), overrides.get("student")
+    if not isinstance(student, dict) or not isinstance(given, Mapping) or not given.get("model") or "config" in given:
+        return tree
+    if not isinstance(student.get("config"), dict) or "model_type" not in student["config"]:
+        return tree
+    return {**tree, "student": {key: value for key, value in student.items() if key not in ("config", "builder")}}
 
 
 def as_written(recipe: Recipe) -> str:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from limbeck.errors import CorruptError, LimbeckError
+from limbeck.errors import ConfigError, CorruptError, LimbeckError
 
 
 def canonical_json(value: Any) -> str:
@@ -243,7 +243,11 @@ def folder_lock(folder: Path, name: str = ".lock") -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     created = [path for path in (folder, folder.parent) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        file = next(path for path in (folder, *folder.parents) if path.exists())
+        raise ConfigError(f"{folder} cannot be made: {file} is a file. Choose another output folder.") from None
     lock = FileLock(folder / name)
     try:
         lock.acquire(timeout=0)

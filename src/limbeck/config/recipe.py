@@ -1,10 +1,11 @@
 """The recipe: every section together, and what one section means for another."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, PrivateAttr, ValidationError, model_validator
+from pydantic import Field, PositiveInt, PrivateAttr, ValidationError, field_validator, model_validator
 
 from limbeck.config.base import OR_WORDS, ModelSource, Positive, Section, Seed, merged
 from limbeck.config.data import DatasetConfig, TokenizerConfig
@@ -104,9 +105,7 @@ class PipelineConfig(Section):
 class Recipe(Section):
     """One whole run: data, teacher, student, losses, training, evaluation."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$")] = Field(
-        "run", description="Name of the run."
-    )
+    name: str = Field("run", description="Name of the run: letters, digits, `_`, `-` and dots.")
     output_dir: Path | None = Field(None, description="Folder of the run; default outputs/NAME.")
     seed: Seed = Field(0, description="Seed of initialisation and data order.")
     plugins: Annotated[list[str], OR_WORDS] = Field(
@@ -135,6 +134,13 @@ class Recipe(Section):
     pipeline: PipelineConfig = Field(default_factory=PipelineConfig, description="Extent of `limbeck run`.")
 
     _suffix: str = PrivateAttr("")  # of the data and cache folders of a stage with a dataset of its own
+
+    @field_validator("name")
+    @classmethod
+    def _a_folders_name(cls, value: str) -> str:
+        if not re.fullmatch(r"[\w-][\w.-]*", value):
+            raise ValueError("a run's name has letters, digits, `_`, `-` and dots, and begins with no dot")
+        return value
 
     @model_validator(mode="before")
     @classmethod

@@ -34,6 +34,7 @@ _STDLIB_SKIP = {
 }
 
 
+_MOST_BROKEN = 0.05  # share of characters that may be unreadable before a file is no UTF-8
 _CHUNK = 1 << 18  # characters of a file that are read at once
 
 
@@ -50,12 +51,24 @@ class Document:
     content: str | Path
 
     def chunks(self) -> Iterator[str]:
-        """The text, a bounded part at a time when it is a file; bytes that are no UTF-8 become U+FFFD."""
+        """The text, a bounded part at a time when it is a file; a stray byte that is no UTF-8 becomes U+FFFD.
+
+        Raises:
+            LimbeckError: its beginning is another encoding, or no text.
+        """
         if isinstance(self.content, str):
             yield self.content
             return
         with self.content.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+            first = True
             while chunk := file.read(_CHUNK):
+                broken = chunk.count("\ufffd") / len(chunk)
+                if first and broken > _MOST_BROKEN:
+                    raise LimbeckError(
+                        f"{self.content} is no UTF-8 text: {broken:.0%} of its beginning cannot be read. Convert "
+                        "it (`iconv -f LATIN1 -t UTF-8`), or leave it out."
+                    )
+                first = False
                 yield chunk
 
     @property

@@ -103,7 +103,7 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     try:
         hf = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise LimbeckError(f"tokenizer {name!r} could not be loaded: {error}") from error
+        raise LimbeckError(f"tokenizer {name!r} could not be loaded: {_no_tokenizer(path, error)}") from error
     if not hf.is_fast:
         raise LimbeckError(f"tokenizer {name!r} has no tokenizer.json; convert it to a fast tokenizer first.")
     if hf.eos_token_id is None:
@@ -114,6 +114,14 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     hf.backend_tokenizer.no_truncation()
     hf.backend_tokenizer.no_padding()
     return LoadedTokenizer(name=name, hf=hf, eos_id=int(hf.eos_token_id))
+
+
+def _no_tokenizer(path: str, error: Exception) -> str:
+    """Why, in one line."""
+    folder = Path(path)
+    if folder.is_dir() and not (folder / "tokenizer.json").is_file():
+        return f"{folder} has no tokenizer.json. Name a model's folder, or a hub id."
+    return str(error).strip().splitlines()[0][:300]
 
 
 def _refuse_large_ids(name: str, path: str, revision: str | None) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         load_causal_lm,
         load_frozen,
         model_identity,
+        require_context,
         require_whole,
         resolve_model,
     )
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         hidden_matrices,
         keeps_documents_apart,
         refuse_mixed_documents,
+        require_causal,
         require_packing,
     )
 
@@ -45,11 +47,12 @@ _HOMES = {
     ),
     **dict.fromkeys(
         ("SHIPPED", "bfloat16_is_fast", "choose_device", "choose_dtype", "load_causal_lm", "load_frozen",
-         "model_identity", "require_whole", "resolve_model"),
+         "model_identity", "require_context", "require_whole", "resolve_model"),
         "limbeck.models.loading",
     ),
     **dict.fromkeys(
-        ("MatrixLayout", "hidden_matrices", "keeps_documents_apart", "refuse_mixed_documents", "require_packing"),
+        ("MatrixLayout", "hidden_matrices", "keeps_documents_apart", "refuse_mixed_documents", "require_causal",
+         "require_packing"),
         "limbeck.models.structure",
     ),
 }  # fmt: skip
@@ -71,6 +74,8 @@ __all__ = [
     "load_frozen",
     "model_identity",
     "refuse_mixed_documents",
+    "require_causal",
+    "require_context",
     "require_packing",
     "require_whole",
     "resolve_model",

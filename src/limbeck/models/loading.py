@@ -78,9 +78,32 @@ def load_causal_lm(
             **changes,
         )
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        raise LimbeckError(f"model {name!r} could not be loaded: {error}") from error
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise LimbeckError(f"model {name!r} could not be loaded: {said[0][:400]}") from error
     require_whole(f"model {name!r}", report, model)
     return model
+
+
+def require_context(source: ModelSource, length: int, role: str) -> None:
+    """Refuse rows that are longer than a model's context, from its config alone.
+
+    Raises:
+        ConfigError: names both lengths.
+    """
+    from transformers import AutoConfig
+
+    name, revision, remote_code = source
+    try:
+        config = AutoConfig.from_pretrained(resolve_model(name), revision=revision, trust_remote_code=remote_code)
+    except (OSError, ValueError, KeyError):
+        return  # whoever loads it says what is wrong
+    text = config.get_text_config()
+    most = getattr(text, "max_position_embeddings", None)
+    if isinstance(most, int) and 0 < most < length:
+        raise ConfigError(
+            f"dataset.max_length is {length} and the {role} {name} has a context of {most} tokens. Set --seq-len "
+            f"{most}, or choose another model."
+        )
 
 
 def load_frozen(source: ModelSource, dtype: str = "auto", device: str | None = None) -> Any:

@@ -150,6 +150,34 @@ def keeps_documents_apart(model: Any) -> bool:
     return bool((one - other).abs().max() <= slack)
 
 
+def require_causal(model: Any, role: str) -> None:
+    """Refuse a model whose predictions depend on what they are to predict.
+
+    Asked of the model itself: the last of some tokens is changed, and the logits before it must not move.
+
+    Raises:
+        ConfigError: says which model.
+    """
+    device, training = next(model.parameters()).device, model.training
+    vocab = model.get_input_embeddings().weight.shape[0]
+    ids = (torch.arange(10, device=device) * 7 + 3).remainder(vocab).unsqueeze(0)
+    other = ids.clone()
+    other[0, -1] = (other[0, -1] + 1) % vocab
+    model.eval()
+    try:
+        with torch.no_grad():
+            one, two = (model(input_ids=tokens).logits[:, :-1].float() for tokens in (ids, other))
+    except (ValueError, RuntimeError, NotImplementedError, TypeError):
+        return  # whoever runs it says what is wrong
+    finally:
+        model.train(training)
+    if float((one - two).abs().max()) > 1e-3 * float(one.abs().max()) + 1e-6:
+        raise ConfigError(
+            f"the {role} ({type(model).__name__}) sees the tokens that it is to predict: it is bidirectional. Choose a "
+            "causal model (with BERT-like configs, is_decoder: true)."
+        )
+
+
 def require_packing(model: Any, role: str) -> None:
     """Refuse `attention: per_document` for a model that cannot do it.
 

@@ -6,6 +6,7 @@ from typing import Any
 from limbeck.config import Recipe
 from limbeck.folders import StageFolder
 from limbeck.manifests import CacheManifest
+from limbeck.models import require_context
 from limbeck.registry import STAGES
 from limbeck.stages.base import Stage, check_source
 
@@ -49,5 +50,8 @@ class CacheStage(Stage):
         """The teacher can be had."""
         from limbeck.teachers.sources import making_source
 
+        section = self.recipe.teacher
+        if section.source is not None and not section.is_remote:
+            require_context(section.source, self.recipe.dataset.max_length, "teacher")
         if not self._brought():
             check_source(self.recipe, making_source(self.recipe))

@@ -9,6 +9,7 @@ from limbeck.config import Recipe
 from limbeck.errors import ConfigError
 from limbeck.folders import StageFolder
 from limbeck.manifests import StudentManifest
+from limbeck.models import choose_device, require_context
 from limbeck.registry import STAGES
 from limbeck.stages.base import Stage, check_source
 
@@ -73,6 +74,12 @@ class TrainStage(Stage):
             raise ConfigError(
                 "no student: set student.model to pretrained weights or student.config to an architecture."
             )
+        if recipe.training.fp16 and choose_device(recipe.training.device) == "cpu":
+            raise ConfigError("training.fp16 is true and the device is a CPU, which has no float16. Use --bf16 auto.")
+        if recipe.student.source is not None:
+            require_context(recipe.student.source, recipe.dataset.max_length, "student")
+        if recipe.distils and recipe.teacher.source is not None and not recipe.teacher.is_remote:
+            require_context(recipe.teacher.source, recipe.dataset.max_length, "teacher")
         if recipe.distils and not recipe.teacher.reads_cache:
             check_source(recipe, training_source(recipe))
         for tracker in recipe.training.report_to:

@@ -19,7 +19,7 @@ from limbeck.data.dataset import PackedDataset
 from limbeck.data.tokenizer import LoadedTokenizer, load_tokenizer, require_same
 from limbeck.errors import ConfigError, LimbeckError
 from limbeck.manifests import CacheManifest
-from limbeck.models import load_frozen, model_identity
+from limbeck.models import load_frozen, model_identity, require_causal
 from limbeck.targets.spec import TargetSpec
 from limbeck.teachers.base import Teacher
 from limbeck.teachers.cached import TeacherCache
@@ -90,6 +90,7 @@ class LocalSource(TeacherSource):
         own = load_tokenizer(*self.model)
         require_same(own.hash, tokenizer.hash, f"teacher {self.model.name}", f"tokenizer {tokenizer.name}")
         model = load_frozen(self.model, self.settings.dtype, self.settings.device or self.device)
+        require_causal(model, "teacher")
         budget = (self.settings.batch_size or 0) * rows.max_length or self.settings.max_batch_tokens
         wanted = {name: getattr(self.spec, name) for name in TargetSpec.__dataclass_fields__}
         return LocalTeacher(

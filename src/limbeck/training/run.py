@@ -29,7 +29,7 @@ from limbeck.errors import LimbeckError
 from limbeck.folders import StageFolder
 from limbeck.losses.objective import Context, Objectives
 from limbeck.manifests import StudentManifest
-from limbeck.models import embedded_vocab_size, model_identity, require_packing
+from limbeck.models import embedded_vocab_size, model_identity, require_causal, require_packing
 from limbeck.optim.groups import build_groups, describe_groups, objective_groups
 from limbeck.optim.schedules import schedule_arguments
 from limbeck.plugins import plugin_identity
@@ -146,6 +146,11 @@ def check_plan(recipe: Recipe, student: Any, rows: PackedDataset, teacher: Teach
     if teacher is not None or not recipe.distils:  # else it is not at hand yet
         objectives = Objectives.of(Context(recipe.loss, student, teacher))
         groups += objective_groups(objectives, recipe.optimizer, recipe.learning_rate)
+    if training.per_device_train_batch_size > len(rows):
+        warn(
+            f"training.per_device_train_batch_size is {training.per_device_train_batch_size} and there are {len(rows)} "
+            "training rows: every batch is all of them"
+        )
     batches = math.ceil(len(rows) / (training.per_device_train_batch_size * ranks.world_size()))
     updates = max(1, math.ceil(batches / training.gradient_accumulation_steps))
     total = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * updates)
@@ -191,6 +196,7 @@ def new_student(section: StudentConfig, tokenizer: LoadedTokenizer, attention: s
     student = build_student(section, tokenizer.vocab_size, seed, special)
     count = sum(parameter.numel() for parameter in student.parameters())
     say(f"student: {type(student).__name__}, {count:,} parameters, float32 weights")
+    require_causal(student, "student")
     if attention == "per_document":
         require_packing(student, "student")
     return student

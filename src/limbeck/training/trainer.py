@@ -277,8 +277,7 @@ class DistillationTrainer(CheckpointingTrainer):
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         if dataset is None:
             raise ConfigError("evaluation was asked for and there is no eval_dataset; give one, or unset eval_steps.")
-        clock, seen = time.perf_counter(), StepMetrics()
-        whole, drawn = False, False
+        clock, seen, whole, drawn = time.perf_counter(), StepMetrics(), False, False
         if self.ternary is not None:
             self.ternary.state.mix = 1.0  # what a checkpoint holds
         model = self.model_wrapped if self.model_wrapped is not None else self.model
@@ -294,7 +293,7 @@ class DistillationTrainer(CheckpointingTrainer):
             rows = PackedRows.from_batch(inputs)
             with self.compute_loss_context_manager():
                 targets = self._targets(rows, inputs, self.eval_teacher)
-                reference = self._reference(rows)
+                reference = None if self.eval_teacher is None else self.eval_teacher.reference(rows)
                 outputs = self._forward(model, rows, inputs["labels"], targets, reference=reference)
             whole, drawn = reference is not None, targets is not None and targets.weights is not None
             counts = int(start < count)
@@ -308,9 +307,6 @@ class DistillationTrainer(CheckpointingTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.metrics.skip(time.perf_counter() - clock)  # throughput is of training alone
         return metrics
-
-    def _reference(self, rows: PackedRows) -> Reference | None:
-        return None if self.eval_teacher is None else self.eval_teacher.reference(rows)
 
     # -- optimizer -------------------------------------------------------------------------------------
 
