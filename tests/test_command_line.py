@@ -256,6 +256,13 @@ def test_run_continues_a_runs_folder(finished):
     assert shown["training"]["learning_rate"] == 2e-3
 
 
+def test_a_models_name_is_no_recipe(capsys):
+    code, out, _ = shown(capsys, "generate", "tiny-python", "--max-new-tokens", "1", "--json")
+    assert code == 0
+    assert json.loads(out)["model"] == "tiny-python"
+    assert "no finished model" in shown(capsys, "export", "nowhere")[2]
+
+
 def test_a_folder_that_is_no_run_is_told(tmp_path, capsys):
     code, _, err = shown(capsys, "train", tmp_path)
     assert code == 2

@@ -32,8 +32,10 @@ def meant(command: str, sub: Subcommand, words: list[str], config: str | None) -
     word, place = words[0], Path(words[0])
     if sub.word != "recipe" and not (place.suffix in _RECIPE and place.is_file()):
         return path, {sub.word: word}
-    if sub.function == "inspect" and place.suffix not in _RECIPE:
+    if sub.function == "inspect" and place.suffix not in _RECIPE[:2]:
         return path, {"export.input": word}
+    if sub.function in MODEL_KEYS and place.suffix not in _RECIPE and not place.is_dir():
+        return path, {MODEL_KEYS[sub.function]: word}  # a name: of the hub, of the package, or of nothing
     if path is not None and not place.is_dir():
         raise ConfigError(f"{command}: the recipe is given twice ({place} and --config).")
     if place.is_dir():
