@@ -58,6 +58,14 @@ def tiny_model(vocab_size: int = 4096, seed: int = 0, **changes):
     return AutoModelForCausalLM.from_config(config).eval()
 
 
+def peaked_model(seed: int):
+    """A random model whose predictions differ clearly from uniform, and from those of another seed."""
+    model = tiny_model(seed=seed)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(20.0)
+    return model
+
+
 def save_model(model, folder: Path) -> Path:
     """Save a model with the shipped tokenizer, as a user's folder would hold it."""
     from transformers import AutoTokenizer
@@ -75,10 +83,7 @@ def corpus(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def teacher_folder(tmp_path_factory) -> Path:
     """A random teacher with peaked predictions, so that its targets differ from uniform."""
-    model = tiny_model(seed=7)
-    with torch.no_grad():
-        model.get_input_embeddings().weight.mul_(20.0)
-    return save_model(model, tmp_path_factory.mktemp("teacher"))
+    return save_model(peaked_model(7), tmp_path_factory.mktemp("teacher"))
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import torch
 from fastapi import FastAPI, Request
 
-from conftest import remote_identity, tiny_model, with_keys
+from conftest import peaked_model, remote_identity, tiny_model, with_keys
 from limbeck import LocalTeacher, TeacherCache
 from limbeck.config import Recipe, SamplingConfig
 from limbeck.data.dataset import PackedDataset, PackedRows
@@ -299,9 +299,7 @@ def test_an_endpoint_that_cannot_give_what_is_wanted_is_not_remembered(recipe, p
 
 def test_an_endpoint_that_comes_back_as_another_model_is_refused(recipe, packed, model):
     """It was not there when its inputs were wanted, so it was taken for who it had been."""
-    other = tiny_model(seed=9)
-    with torch.no_grad():
-        other.get_input_embeddings().weight.mul_(20.0)
+    other = peaked_model(9)
     held = bound()
     with running(vllm_app(model), held) as url:
         remote = with_keys(recipe, teacher={"endpoint": url, "retries": 0, "timeout": 2.0}, loss={"temperature": 1.0})
@@ -330,9 +328,7 @@ def test_a_teacher_known_by_its_signature_is_found_out_once_too(recipe, packed, 
 
 
 def test_a_teacher_that_was_exchanged_since_it_was_found_out_is_refused(recipe, packed, model):
-    other = tiny_model(seed=9)
-    with torch.no_grad():
-        other.get_input_embeddings().weight.mul_(20.0)
+    other = peaked_model(9)
     held = bound()
     with running(vllm_app(model), held) as url:
         remote = with_keys(recipe, teacher={"endpoint": url}, loss={"temperature": 1.0})

@@ -9,7 +9,7 @@ import torch
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from conftest import limbeck, remote_identity, tiny_model
+from conftest import limbeck, peaked_model, remote_identity, tiny_model
 from limbeck import LocalTeacher
 from limbeck.config import Recipe
 from limbeck.data.dataset import PackedRows
@@ -83,9 +83,7 @@ def test_a_server_that_is_not_ready_is_waited_for(teacher_folder, model, rows, k
 
 def test_another_model_is_noticed_even_after_an_idle_restart(model, rows):
     """No request fails: the closed connection is replaced in silence, and a new one means a new look."""
-    other = tiny_model(seed=9)
-    with torch.no_grad():
-        other.get_input_embeddings().weight.mul_(20.0)
+    other = peaked_model(9)
     with bound() as held:
         with running(vllm_app(model), held) as url:
             teacher = vllm(url)
@@ -301,9 +299,7 @@ def test_a_half_made_cache_is_not_continued_with_another_vocabulary_or_teacher(r
         tree = recipe.model_dump(exclude_unset=True)
         return Recipe.model_validate({**tree, "teacher": section, "loss": {"temperature": 1.0}})
 
-    other = tiny_model(seed=9)
-    with torch.no_grad():
-        other.get_input_embeddings().weight.mul_(20.0)
+    other = peaked_model(9)
     with running(vllm_app(model)) as url, running(vllm_app(other)) as elsewhere, running(vllm_app(model)) as moved:
         build_cache(over(url), recipe.cache_dir)
         (recipe.cache_dir / "manifest.json").unlink()

@@ -4,9 +4,9 @@ The public names are imported on first use, so that `import limbeck` (and with i
 does not pay for torch and transformers.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from limbeck.lazy import lazy_names
 from limbeck.registration import register
 
 if TYPE_CHECKING:
@@ -42,9 +42,4 @@ __all__ = [
     "fused_distillation_loss",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name the first time it is asked for (PEP 562)."""
-    if name in _EXPORTS:
-        return getattr(import_module(_EXPORTS[name]), name)
-    raise AttributeError(f"module 'limbeck' has no attribute {name!r}")
+__getattr__ = lazy_names(__name__, _EXPORTS)

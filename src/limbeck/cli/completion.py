@@ -50,7 +50,8 @@ def install(command: click.Command, shell: str | None) -> Path:
     start, line = home / _FILES[shell], f'. "{path}"\n'
     held = start.read_text() if start.exists() else ""
     if line not in held:
-        start.write_text(held + ("" if held.endswith("\n") or not held else "\n") + line)
+        with start.open("a") as file:
+            file.write(("" if held.endswith("\n") or not held else "\n") + line)
     return path
 
 

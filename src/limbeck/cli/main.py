@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import click
 
 from limbeck.cli.completion import VARIABLE, install, script
-from limbeck.cli.options import KeyCommand, plain
+from limbeck.cli.options import KeyCommand
 from limbeck.cli.table import GROUPS, SUBCOMMANDS, Subcommand
 from limbeck.errors import ConfigError, LimbeckError, StoppedError
 
@@ -102,7 +102,7 @@ def _runner(name: str, sub: Subcommand) -> Any:
 def _execute(
     name: str, sub: Subcommand, ctx: click.Context, words: list[str], config: str | None, switches: dict[str, bool]
 ) -> int:
-    from limbeck.cli.words import meant
+    from limbeck.cli.words import interpret_words
     from limbeck.recipe import load_recipe, tree_of
 
     keys, origins = ctx.meta["keys"], ctx.meta["origins"]
@@ -110,7 +110,7 @@ def _execute(
     if switches.pop("pretrain_ce_only", False):
         keys.setdefault("training.mode", "ce")
         origins.setdefault("training.mode", "--pretrain-ce-only")
-    path, found = meant(f"limbeck {name}", sub, words, config)
+    path, found = interpret_words(f"limbeck {name}", sub, words, config)
     if sub.needs_recipe and path is None:
         raise ConfigError(f"limbeck {name} needs a recipe: `limbeck {name} recipes/quickstart.yaml`.")
     recipe = load_recipe(path, tree_of({**found, **keys}, origins), origins)
@@ -178,11 +178,7 @@ def _unknown_flag(error: click.NoSuchOption) -> str:
     names = [
         name.removeprefix("--") for param in ctx.command.get_params(ctx) for name in param.opts if name[:2] == "--"
     ]
-    flag = error.option_name.lstrip("-")
-    dotted = {plain(name): name for name in names}
-    hint = did_you_mean(plain(flag), list(dotted))
-    for near in dotted:
-        hint = hint.replace(f"did you mean {near}?", f"did you mean --{dotted[near]}?")
+    hint = did_you_mean(error.option_name.lstrip("-").replace("-", "_"), names, "--")
     return f"{ctx.command_path}: unknown flag {error.option_name}{hint or '.'}"
 
 

@@ -19,7 +19,7 @@ from limbeck.cli.table import SUBCOMMANDS, SWITCHES, Subcommand, usage_word
 OPEN = ("student.config.", "loss.divergence.")
 
 
-def plain(name: str) -> str:
+def normalised_flag(name: str) -> str:
     """A flag as it is compared: `_` and `-` are the same."""
     return name.replace("_", "-")
 
@@ -129,7 +129,7 @@ def key_options(aliases: Mapping[str, str]) -> list[KeyOption]:
     from limbeck.config.moved import EARLIER, present_key
     from limbeck.recipe import ALIASES, keys, optional_sections
 
-    own = {plain(name): key for name, key in {**ALIASES, **aliases}.items()}
+    own = {normalised_flag(name): key for name, key in {**ALIASES, **aliases}.items()}
     spellings: dict[str, list[str]] = {}
     for name, key in own.items():
         spellings.setdefault(key, []).append(name)
@@ -139,17 +139,19 @@ def key_options(aliases: Mapping[str, str]) -> list[KeyOption]:
     known = dict(keys())
     found = []
     for key, field in known.items():
-        names = [name for name in spellings.get(key, []) if name != plain(key)]
-        if own.get(plain(key), key) == key:  # else the command means something else by that name
+        names = [name for name in spellings.get(key, []) if name != normalised_flag(key)]
+        if own.get(normalised_flag(key), key) == key:  # else the command means something else by that name
             names.append(key)
         if names:
             found.append(KeyOption(key, field, names))
-    taken = {plain(name) for option in found for name in option.shown}
+    taken = {normalised_flag(name) for option in found for name in option.shown}
     for key, names in short.items():
-        hidden = [name for name in names if plain(name) not in taken]
+        hidden = [name for name in names if normalised_flag(name) not in taken]
         if hidden:
             found.append(KeyOption(key, known.get(key), hidden, hidden=True))
-    found += [KeyOption(key, None, [key], hidden=True) for key in optional_sections() if plain(key) not in taken]
+    found += [
+        KeyOption(key, None, [key], hidden=True) for key in optional_sections() if normalised_flag(key) not in taken
+    ]
     return found
 
 
@@ -167,7 +169,11 @@ class KeyCommand(click.Command):
             click.Option(["--help-all"], is_flag=True, is_eager=True, expose_value=False, callback=_help_all,
                          help="This help with every key."),
         ]  # fmt: skip
-        settings = {"token_normalize_func": plain, "help_option_names": ["-h", "--help"], "max_content_width": 120}
+        settings = {
+            "token_normalize_func": normalised_flag,
+            "help_option_names": ["-h", "--help"],
+            "max_content_width": 120,
+        }
         super().__init__(name, params=params, callback=run, help=sub.help, context_settings=settings)
         self.sub = sub
 
@@ -187,8 +193,8 @@ class KeyCommand(click.Command):
         """
         given: dict[str, str] = ctx.meta.setdefault("keys", {})
         origins: dict[str, str] = ctx.meta.setdefault("origins", {})
-        names = {f"--{plain(name)}": option.key for option in self.keys for name in option.shown}
-        wanting = {f"--{plain(name)}" for option in self.keys if not option.alone for name in option.shown}
+        names = {f"--{normalised_flag(name)}": option.key for option in self.keys for name in option.shown}
+        wanting = {f"--{normalised_flag(name)}" for option in self.keys if not option.alone for name in option.shown}
         rest: list[str] = []
         words = list(args)
         while words:
@@ -196,15 +202,15 @@ class KeyCommand(click.Command):
             flag, equals, value = word.partition("=")
             key = flag.removeprefix("--").replace("-", "_")
             is_open = flag.startswith("--") and key.startswith(OPEN)
-            if (is_open or plain(flag) in names) and not equals and words and not words[0].startswith("--"):
+            if (is_open or normalised_flag(flag) in names) and not equals and words and not words[0].startswith("--"):
                 value, equals = words.pop(0), "="  # here, because a value may begin with a dash
-            elif plain(flag) in wanting and not equals and not ctx.resilient_parsing:
+            elif normalised_flag(flag) in wanting and not equals and not ctx.resilient_parsing:
                 raise click.UsageError(f"{flag} needs a value", ctx)
             if is_open:
                 given[key], origins[key] = value if equals else "true", flag
                 continue
-            if plain(flag) in names:
-                origins[names[plain(flag)]] = flag
+            if normalised_flag(flag) in names:
+                origins[names[normalised_flag(flag)]] = flag
             rest.append(f"{flag}={value}" if equals else word)
         return super().parse_args(ctx, rest)
 

@@ -12,7 +12,9 @@ from limbeck.folders import INPUTS, RECIPE
 _RECIPE = (".yaml", ".yml", ".json")
 
 
-def meant(command: str, sub: Subcommand, words: list[str], config: str | None) -> tuple[Path | None, dict[str, str]]:
+def interpret_words(
+    command: str, sub: Subcommand, words: list[str], config: str | None
+) -> tuple[Path | None, dict[str, str]]:
     """The recipe that the words name, and the keys that they set.
 
     Args:

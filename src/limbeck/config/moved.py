@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from limbeck.config.base import merged
-from limbeck.config.teacher import LocalTeacherConfig, RemoteTeacherConfig
+from limbeck.config.teacher import SHORT_NAMES
 from limbeck.errors import ConfigError
 
 
@@ -29,12 +29,7 @@ _PARAMETERS = {
     "loss.skew": _Parameter("divergence", "skewed_kl", "skew", 0.1),
 }
 #: Old dotted key -> the key that it is now; the old names stay good as short ones.
-_KEYS = {
-    "teacher.cache_dir": "teacher.cache.dir",
-    **{f"teacher.{name}": f"teacher.cache.{name}" for name in ("rows_per_shard", "compression", "max_kl", "splits")},
-    **{f"teacher.{name}": f"teacher.local.{name}" for name in LocalTeacherConfig.model_fields},
-    **{f"teacher.{name}": f"teacher.remote.{name}" for name in RemoteTeacherConfig.model_fields},
-}
+_KEYS = {f"teacher.{short}": f"teacher.{key}" for short, key in SHORT_NAMES.items()}
 #: Keys that decided nothing and are gone.
 _REMOVED = ("teacher.kind",)
 #: All names that are understood beside the present ones.

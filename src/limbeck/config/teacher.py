@@ -101,6 +101,15 @@ class CacheConfig(Section):
     )
 
 
+_PARTS: dict[str, type[Section]] = {"cache": CacheConfig, "local": LocalTeacherConfig, "remote": RemoteTeacherConfig}
+#: Short name of a key of `teacher` -> the key of its part; `dir` alone would not say of what.
+SHORT_NAMES = {
+    f"{part}_{leaf}" if leaf == "dir" else leaf: f"{part}.{leaf}"
+    for part, section in _PARTS.items()
+    for leaf in section.model_fields
+}
+
+
 class TeacherConfig(Section):
     """The model that is distilled, and what is kept of its predictions."""
 
@@ -130,10 +139,10 @@ class TeacherConfig(Section):
         """With the short names of the parts' keys, which recipes may use."""
         found = handler(schema)
         properties = handler.resolve_ref_schema(found)["properties"]
-        for part in (LocalTeacherConfig, RemoteTeacherConfig, CacheConfig):
-            inner = handler.resolve_ref_schema(handler(part.__pydantic_core_schema__))
-            for name, one in inner["properties"].items():
-                properties.setdefault("cache_dir" if name == "dir" else name, one)
+        for part, section in _PARTS.items():
+            inner = handler.resolve_ref_schema(handler(section.__pydantic_core_schema__))["properties"]
+            own = {short: key for short, key in SHORT_NAMES.items() if key.startswith(f"{part}.")}
+            properties.update({short: inner[key.partition(".")[2]] for short, key in own.items()})
         return found
 
     @property

@@ -13,7 +13,7 @@ from limbeck.config.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class _When:
+class _EffectRule:
     """Keys (with a dot at the end: all of a section) that count only when `counts`, and why else they do not."""
 
     keys: Sequence[str]
@@ -26,24 +26,24 @@ def _reads_hub_dataset(recipe: Recipe) -> bool:
 
 
 _RULES = (
-    _When(["teacher.remote."], lambda r: r.teacher.is_remote, "no teacher.endpoint is set"),
-    _When(["teacher.local."], lambda r: not r.teacher.is_remote, "the teacher is remote (teacher.endpoint)"),
-    _When(["teacher.top_k"], lambda r: r.teacher.sampling is None, "teacher.sampling replaces it"),
-    _When(["teacher.revision", "teacher.trust_remote_code"], lambda r: r.teacher.model is not None,
+    _EffectRule(["teacher.remote."], lambda r: r.teacher.is_remote, "no teacher.endpoint is set"),
+    _EffectRule(["teacher.local."], lambda r: not r.teacher.is_remote, "the teacher is remote (teacher.endpoint)"),
+    _EffectRule(["teacher.top_k"], lambda r: r.teacher.sampling is None, "teacher.sampling replaces it"),
+    _EffectRule(["teacher.revision", "teacher.trust_remote_code"], lambda r: r.teacher.model is not None,
           "no teacher.model is set"),
-    _When(["student.revision", "student.trust_remote_code"], lambda r: r.student.model is not None,
+    _EffectRule(["student.revision", "student.trust_remote_code"], lambda r: r.student.model is not None,
           "no student.model is set"),
-    _When(["teacher.use_cached_logits", "teacher.temperatures", "teacher.sampling", "loss.alpha", "loss.temperature",
-           "loss.divergence", "loss.tail"], lambda r: r.distils, "training.mode is ce"),
-    _When(["teacher.cache."], lambda r: not r.distils or r.teacher.reads_cache,
+    _EffectRule(["teacher.use_cached_logits", "teacher.temperatures", "teacher.sampling", "loss.alpha",
+           "loss.temperature", "loss.divergence", "loss.tail"], lambda r: r.distils, "training.mode is ce"),
+    _EffectRule(["teacher.cache."], lambda r: not r.distils or r.teacher.reads_cache,
           "targets are not cached (teacher.use_cached_logits)"),
-    _When(["dataset.config_name", "dataset.revision", "dataset.streaming"], _reads_hub_dataset,
+    _EffectRule(["dataset.config_name", "dataset.revision", "dataset.streaming"], _reads_hub_dataset,
           "dataset.name is no dataset"),
-    _When(["training.num_train_epochs"], lambda r: r.training.max_steps == -1, "training.max_steps decides"),
-    _When(["training.decay_ratio", "training.decay_type"],
+    _EffectRule(["training.num_train_epochs"], lambda r: r.training.max_steps == -1, "training.max_steps decides"),
+    _EffectRule(["training.decay_ratio", "training.decay_type"],
           lambda r: r.training.lr_scheduler_type == "warmup_stable_decay" or r.stages.enabled,
           "training.lr_scheduler_type is not warmup_stable_decay"),
-    _When(["training.eval_rows", "training.per_device_eval_batch_size"],
+    _EffectRule(["training.eval_rows", "training.per_device_eval_batch_size"],
           lambda r: r.training.eval_steps is not None or r.stages.enabled, "training.eval_steps is not set"),
 )  # fmt: skip
 

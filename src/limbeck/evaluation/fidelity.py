@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from limbeck.losses.divergences import same_width, whole_kl
 from limbeck.models import OutputHead, last_hidden_states
 from limbeck.targets.reference import Reference
 from limbeck.targets.sparse import SparseTargets
-from limbeck.teachers.base import Teacher
+from limbeck.teachers.base import Teacher, targets_in_turn
 
 _CHUNK_BYTES = 8 << 20
 _TOTALS = 8  # CE, bytes, tokens, seconds, KL, top-1 matches, teacher mass, student mass
@@ -181,27 +182,20 @@ def _sums(*values: torch.Tensor) -> torch.Tensor:
 def _batches_with_teacher(
     model: Any, rows: PackedDataset, teacher: Teacher | None, batch_size: int, top_k: int
 ) -> Iterator[tuple[PackedRows, _TeacherView | None]]:
-    """The rows in batches with what the teacher says of them; one that works elsewhere is at the next already."""
-    starts = range(0, len(rows), batch_size)
-
-    def batch_at(start: int) -> PackedRows:
-        return rows.rows(range(start, min(start + batch_size, len(rows))))
-
+    """The rows in batches with what the teacher says of them."""
+    count = len(rows)
+    batches = (rows.rows(range(start, min(start + batch_size, count))) for start in range(0, count, batch_size))
     if teacher is None or teacher.model is model:
         view = None if teacher is None else _TeacherView(top_k)
-        yield from ((batch_at(start), view) for start in starts)
+        yield from ((batch, view) for batch in batches)
         return
-    pending = None
-    for start in starts:
-        batch = batch_at(start)
+    for batch in batches:
         reference = teacher.reference(batch)
-        if reference is not None:
-            yield batch, _TeacherView(top_k, reference)
-            continue
-        answer = pending or teacher.submit(batch)
-        following = start + batch_size
-        pending = teacher.submit(batch_at(following)) if teacher.ahead and following < len(rows) else None
-        yield batch, _TeacherView(top_k, targets=answer.result())
+        if reference is None:  # it gives its stored ids alone, for this batch and the others
+            for asked, targets in targets_in_turn(teacher, chain([batch], batches)):
+                yield asked, _TeacherView(top_k, targets=targets)
+            return
+        yield batch, _TeacherView(top_k, reference)
 
 
 def _score_batch(

@@ -34,7 +34,7 @@ def evaluate_recipe(recipe: Recipe, models: dict[str, str]) -> dict[str, dict[st
     results: dict[str, dict[str, Any]] = {}
     with contextlib.ExitStack() as stack:
         source, teacher = scoring_source(recipe), None
-        if source is not None and source.is_there(tokenizer):
+        if source is not None and source.is_available(tokenizer):
             teacher = source.open(tokenizer, rows)
             stack.callback(teacher.close)
 

@@ -167,7 +167,7 @@ class KLToTeacher(Objective):
         head, flat = OutputHead(outputs.model), outputs.hidden.reshape(-1, outputs.hidden.shape[-1])
         positions = batch.valid.reshape(-1).nonzero().squeeze(-1)
         total = torch.zeros((), dtype=torch.float64, device=flat.device)
-        for part in torch.split(positions, max(1, _SCORE_BYTES // (4 * head.vocab_size))):
+        for part in torch.split(positions, head.positions_in(_SCORE_BYTES)):
             log_p = reference.log_probs(part).to(flat.device)
             if log_p.shape[-1] > head.vocab_size:  # ids that stand for no token of the student's, as in its targets
                 log_p = log_p[..., : head.vocab_size].log_softmax(dim=-1)

@@ -5,8 +5,9 @@ code, the choice of device and precision, and the meaning of `tiny-python` are d
 imported on first use: processes that only tokenise load names, and none of it.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from limbeck.lazy import lazy_names
 
 if TYPE_CHECKING:
     from limbeck.models.head import (
@@ -82,9 +83,4 @@ __all__ = [
     "verified_transform",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Import a name the first time it is asked for (PEP 562)."""
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'limbeck.models' has no attribute {name!r}")
+__getattr__ = lazy_names(__name__, _HOMES)

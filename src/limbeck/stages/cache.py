@@ -6,7 +6,6 @@ from typing import Any
 from limbeck.config import Recipe
 from limbeck.folders import StageFolder
 from limbeck.manifests import CacheManifest
-from limbeck.models import require_context
 from limbeck.registry import STAGES
 from limbeck.stages.base import Stage, check_source
 
@@ -48,10 +47,7 @@ class CacheStage(Stage):
 
     def check(self) -> None:
         """The teacher can be had."""
-        from limbeck.teachers.sources import making_source
+        from limbeck.teachers.sources import producing_source
 
-        section = self.recipe.teacher
-        if section.source is not None and not section.is_remote:
-            require_context(section.source, self.recipe.dataset.max_length, "teacher")
         if not self._brought():
-            check_source(self.recipe, making_source(self.recipe))
+            check_source(self.recipe, producing_source(self.recipe))

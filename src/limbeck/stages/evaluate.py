@@ -44,7 +44,7 @@ class EvaluateStage(Stage):
         made = self._inputs(None if source is None else source.inputs(tokenizer))
         if source is None or StageFolder(self.path, self.command, made, self.backup).is_kept():
             return made
-        return made if source.is_there(tokenizer) else self._inputs(None)
+        return made if source.is_available(tokenizer) else self._inputs(None)
 
     def _inputs(self, teacher: dict[str, Any] | None) -> dict[str, Any]:
         recipe = self.recipe

@@ -78,8 +78,6 @@ class TrainStage(Stage):
             raise ConfigError("training.fp16 is true and the device is a CPU, which has no float16. Use --bf16 auto.")
         if recipe.student.source is not None:
             require_context(recipe.student.source, recipe.dataset.max_length, "student")
-        if recipe.distils and recipe.teacher.source is not None and not recipe.teacher.is_remote:
-            require_context(recipe.teacher.source, recipe.dataset.max_length, "teacher")
         if recipe.distils and not recipe.teacher.reads_cache:
             check_source(recipe, training_source(recipe))
         for tracker in recipe.training.report_to:

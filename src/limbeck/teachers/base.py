@@ -11,6 +11,8 @@ Example of the contract, for rows [B, T]:
 """
 
 from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from typing import Any
 
@@ -30,7 +32,7 @@ class Teacher(ABC):
         in_workers: True when `targets` is file reading, fit for data loader workers (it must then survive pickling);
             False when it computes on a device or waits for another machine.
         ahead: batches worth asking for before they are needed; 0: it is asked for each in turn.
-        if_slow: what its user can do when a run waits for it; None: nothing but caching.
+        hint_when_slow: what its user can do when a run waits for it; None: nothing but caching.
         model: its causal LM where that is in this process, for scores of the teacher itself.
     """
 
@@ -40,7 +42,7 @@ class Teacher(ABC):
     identity: dict[str, Any] | None = None
     in_workers: bool = False
     ahead: int = 0
-    if_slow: str | None = None
+    hint_when_slow: str | None = None
     model: Any = None
 
     @abstractmethod
@@ -73,3 +75,15 @@ class Teacher(ABC):
 
     def close(self) -> None:  # noqa: B027 (most hold nothing)
         """Drop what is on its way, and whatever is held."""
+
+
+def targets_in_turn(teacher: Teacher, batches: Iterable[PackedRows]) -> Iterator[tuple[PackedRows, SparseTargets]]:
+    """Each batch with its targets, in order; a teacher that works elsewhere is at the next while one is used."""
+    asked: deque[tuple[PackedRows, Future[SparseTargets]]] = deque()
+    for rows in batches:
+        asked.append((rows, teacher.submit(rows)))
+        if len(asked) > min(teacher.ahead, 1):
+            earlier, answer = asked.popleft()
+            yield earlier, answer.result()
+    for earlier, answer in asked:
+        yield earlier, answer.result()

@@ -15,7 +15,7 @@ from limbeck import ranks
 from limbeck.config import Recipe
 from limbeck.config.teacher import CacheConfig
 from limbeck.console import progress, say
-from limbeck.data.dataset import PackedDataset, PackedRows
+from limbeck.data.dataset import PackedDataset
 from limbeck.data.tokenizer import recipe_tokenizer
 from limbeck.errors import LimbeckError
 from limbeck.folders import StageFolder
@@ -24,8 +24,8 @@ from limbeck.targets.codec import CODEC_VERSION, CodecSpec
 from limbeck.targets.sparse import SparseTargets
 from limbeck.targets.spec import TargetSpec
 from limbeck.targets.store import ShardJournal, codec_record, write_shard
-from limbeck.teachers.base import Teacher
-from limbeck.teachers.sources import making_source, target_spec
+from limbeck.teachers.base import Teacher, targets_in_turn
+from limbeck.teachers.sources import producing_source, target_spec
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def cache_inputs(recipe: Recipe) -> dict[str, Any]:
     """Everything the cached targets depend on, known without loading the teacher."""
     section = recipe.teacher.cache
     return {
-        **making_source(recipe).inputs(recipe_tokenizer(recipe)),
+        **producing_source(recipe).inputs(recipe_tokenizer(recipe)),
         "packed": PackedManifest.read(recipe.packed_dir).fingerprint,
         "train_rows": recipe.dataset.train_rows,
         "splits": sorted(section.splits),
@@ -77,7 +77,7 @@ def build_cache(recipe: Recipe, folder: Path | StageFolder, *, force: bool = Fal
         folder = StageFolder(folder, CacheManifest.command, cache_inputs(recipe))
     if folder.is_done() and not force:
         return CacheManifest.read(folder.path)
-    with contextlib.closing(making_source(recipe).open(tokenizer, first)) as teacher:
+    with contextlib.closing(producing_source(recipe).open(tokenizer, first)) as teacher:
         spec = codec_spec(target_spec(recipe), teacher.vocab_size)
         return _fill(_Work(folder, section, teacher, spec, data), force)
 
@@ -126,7 +126,8 @@ def _make_shards(work: _Work, shards: list[_Shard], journal: ShardJournal) -> No
     with progress("caching teacher targets (rows)", sum(shard.stop - shard.start for shard in shards)) as bar:
         bar.advance(sum(shard.stop - shard.start for shard in shards if shard.file in done))
         missing = [shard for shard in shards if shard.file not in done]
-        for shard, targets in zip(missing, _targets(work.teacher, missing, work.data), strict=True):
+        rows = (work.data[shard.split].rows(range(shard.start, shard.stop)) for shard in missing)
+        for shard, (_, targets) in zip(missing, targets_in_turn(work.teacher, rows), strict=True):
             record, loss = write_shard(
                 folder / shard.file,
                 targets,
@@ -142,22 +143,6 @@ def _make_shards(work: _Work, shards: list[_Shard], journal: ShardJournal) -> No
     seconds = time.perf_counter() - started
     if positions:
         say(f"cached {positions:,} positions in {seconds:.1f} s ({positions / seconds:,.0f} positions/s)")
-
-
-def _targets(teacher: Teacher, shards: list[_Shard], data: dict[str, PackedDataset]) -> Iterator[SparseTargets]:
-    """Targets of the shards in order; a teacher elsewhere is at work on the next while one is written."""
-
-    def rows(shard: _Shard) -> PackedRows:
-        return data[shard.split].rows(range(shard.start, shard.stop))
-
-    if not teacher.ahead:
-        yield from (teacher.targets(rows(shard)) for shard in shards)
-        return
-    pending = [teacher.submit(rows(shard)) for shard in shards[:1]]
-    for number in range(len(shards)):
-        if number + 1 < len(shards):
-            pending.append(teacher.submit(rows(shards[number + 1])))
-        yield pending.pop(0).result()
 
 
 def _mass(targets: SparseTargets) -> float:

@@ -122,7 +122,7 @@ class EndpointMemory:
             )
         return self.identity(tokenizer)
 
-    def is_there(self, tokenizer: LoadedTokenizer) -> bool:
+    def is_available(self, tokenizer: LoadedTokenizer) -> bool:
         """True when the endpoint answers now; says why not. It is not waited for long."""
         try:
             self.discovery(tokenizer, retries=2)

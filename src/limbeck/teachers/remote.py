@@ -63,7 +63,7 @@ class RemoteTeacher(Teacher):
         self.ahead, self.identity, self.attention = ahead, identity, spec.attention
         self.temperatures, self.vocab_size = spec.temperatures, spec.vocab_size
         more = f"Raise teacher.micro_batches (now {ahead}) and teacher.max_concurrent"
-        self.if_slow = f"{more if ahead else 'Set teacher.parallel: true'}, add endpoints"
+        self.hint_when_slow = f"{more if ahead else 'Set teacher.parallel: true'}, add endpoints"
         check_spec(spec, self.info)
         self._protocol.supports(spec, self.info)
 

@@ -6,7 +6,7 @@ other work), and opens the teacher that gives them. Add one with a class that fu
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,7 +19,7 @@ from limbeck.data.dataset import PackedDataset
 from limbeck.data.tokenizer import LoadedTokenizer, load_tokenizer, require_same
 from limbeck.errors import ConfigError, LimbeckError
 from limbeck.manifests import CacheManifest
-from limbeck.models import load_frozen, model_identity, require_causal
+from limbeck.models import load_frozen, model_identity, require_causal, require_context
 from limbeck.targets.spec import TargetSpec
 from limbeck.teachers.base import Teacher
 from limbeck.teachers.cached import TeacherCache
@@ -46,7 +46,7 @@ class TeacherSource(ABC):
     def check(self, tokenizer: LoadedTokenizer) -> None:  # noqa: B027 (most are looked at when they are opened)
         """Find out, before hours of other work, whether it can be had."""
 
-    def is_there(self, tokenizer: LoadedTokenizer) -> bool:
+    def is_available(self, tokenizer: LoadedTokenizer) -> bool:
         """False, with a warning, when it has gone away; what can do without it then does."""
         return True
 
@@ -59,12 +59,14 @@ class LocalSource(TeacherSource):
         model: which.
         settings: how it is run.
         spec: what is kept.
-        device: the student's, where the settings name none.
+    max_length: tokens in a row.
+    device: the student's, where the settings name none.
     """
 
     model: ModelSource
     settings: LocalTeacherConfig
     spec: TargetSpec
+    max_length: int
     device: str | None = None
 
     @classmethod
@@ -75,7 +77,8 @@ class LocalSource(TeacherSource):
             raise ConfigError(
                 "teacher.model is not set and the recipe distils. Name a model, or set training.mode: ce."
             )
-        return cls(section.source, section.local, target_spec(recipe), recipe.training.device)
+        length = recipe.dataset.max_length
+        return cls(section.source, section.local, target_spec(recipe), length, recipe.training.device)
 
     def inputs(self, tokenizer: LoadedTokenizer) -> dict[str, Any]:
         """Weights, precision, and what is kept."""
@@ -85,6 +88,10 @@ class LocalSource(TeacherSource):
     def _identity(self) -> dict[str, Any]:
         return dict(model_identity(self.model.name, self.model.revision))
 
+    def check(self, tokenizer: LoadedTokenizer) -> None:
+        """Its context is as long as the rows."""
+        require_context(self.model, self.max_length, "teacher")
+
     def open(self, tokenizer: LoadedTokenizer, rows: PackedDataset) -> LocalTeacher:
         """Load it; refuses another tokenizer than the data's."""
         own = load_tokenizer(*self.model)
@@ -92,9 +99,8 @@ class LocalSource(TeacherSource):
         model = load_frozen(self.model, self.settings.dtype, self.settings.device or self.device)
         require_causal(model, "teacher")
         budget = (self.settings.batch_size or 0) * rows.max_length or self.settings.max_batch_tokens
-        wanted = {name: getattr(self.spec, name) for name in TargetSpec.__dataclass_fields__}
         return LocalTeacher(
-            model, max_batch_tokens=budget, vocab_size=tokenizer.vocab_size, identity=self._identity, **wanted
+            model, max_batch_tokens=budget, vocab_size=tokenizer.vocab_size, identity=self._identity, **vars(self.spec)
         )
 
 
@@ -138,16 +144,16 @@ class RemoteSource(TeacherSource):
             warn(f"the key of {settings.api_key_env} goes to {open_urls[0]} unencrypted; use https:// or a tunnel")
         return teacher
 
-    def is_there(self, tokenizer: LoadedTokenizer) -> bool:
+    def is_available(self, tokenizer: LoadedTokenizer) -> bool:
         """Asked with little patience."""
-        return self.memory.is_there(tokenizer)
+        return self.memory.is_available(tokenizer)
 
     def _connect(self, tokenizer: LoadedTokenizer) -> RemoteTeacher:
         settings = self.settings
         found = self.memory.discovery(tokenizer)
         teacher = RemoteTeacher.connect(
             settings.endpoint,
-            **asdict(self.spec) | {"sampling": self.spec.sampling},
+            **vars(self.spec),
             tokenizer=tokenizer,
             vocab_size=settings.vocab_size,
             model=settings.served_model,
@@ -228,14 +234,14 @@ def spec_record(spec: TargetSpec) -> dict[str, Any]:
     }
 
 
-def making_source(recipe: Recipe) -> TeacherSource:
+def producing_source(recipe: Recipe) -> TeacherSource:
     """The teacher that makes targets, not the cache that keeps them."""
     return SOURCES["remote" if recipe.teacher.is_remote else "local"].of(recipe)
 
 
 def training_source(recipe: Recipe) -> TeacherSource:
     """The teacher that trains the recipe's student."""
-    return SOURCES["cache"].of(recipe) if recipe.teacher.reads_cache else making_source(recipe)
+    return SOURCES["cache"].of(recipe) if recipe.teacher.reads_cache else producing_source(recipe)
 
 
 def scoring_source(recipe: Recipe) -> TeacherSource | None:

@@ -241,15 +241,15 @@ class DistillationTrainer(CheckpointingTrainer):
 
     def _tell_if_slow(self, logs: dict[str, float]) -> None:
         """Say once, while there is time to act on it, that the teacher holds the run up."""
-        if self.teacher is None or self.teacher.if_slow is None or logs["teacher_wait_share"] < 0.5:
+        if self.teacher is None or self.teacher.hint_when_slow is None or logs["teacher_wait_share"] < 0.5:
             return
         self._slow_lines += 1
         if self._slow_lines == 3:
             self.warn_once(
                 "slow teacher",
                 f"the student waits for the teacher {logs['teacher_wait_share']:.0%} of the time "
-                f"({logs['tokens_per_second']:,.0f} tokens/s). {self.teacher.if_slow}, or make the targets once: "
-                "`limbeck teacher cache`",
+                f"({logs['tokens_per_second']:,.0f} tokens/s). {self.teacher.hint_when_slow}, or make the targets "
+                "once: `limbeck teacher cache`",
             )
 
     def _sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
