@@ -172,7 +172,8 @@ def test_a_begin_of_text_alone_is_no_dummy_prefix(tmp_path):
 
 def test_a_dataset_of_the_hub_is_named_by_the_revision_asked_for(monkeypatch):
     class Hub:
-        def dataset_info(self, name, revision=None):
+        def repo_info(self, name, revision, repo_type, timeout):
+            assert (repo_type, timeout > 0) == ("dataset", True)
             return SimpleNamespace(sha=f"{name} at {revision}")
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
@@ -370,7 +371,7 @@ def test_what_is_not_ternary_is_as_precise_as_asked(tmp_path, rest, dtype):
     model = tiny_model()
     make_ternary(model, TernaryConfig(group_size=8))
     export_packed(ExportSource.open(save_model(model, tmp_path / "final")), tmp_path / "packed", rest)
-    with safe_open(tmp_path / "packed" / "model.safetensors", "pt") as file:
+    with safe_open(tmp_path / "packed" / "ternary.safetensors", "pt") as file:
         kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
     assert {kind for name, kind in kinds.items() if name.endswith(".codes")} == {"U8"}
     assert {kind for name, kind in kinds.items() if not name.endswith((".codes", ".scales"))} == {dtype}
@@ -411,7 +412,7 @@ def test_a_described_file_has_a_line_a_tensor():
 
 @pytest.mark.parametrize(("kind", "pieces"), [("BPE", "Whitespace"), ("WordPiece", "ByteLevel")])
 def test_both_halves_of_a_byte_level_bpe_are_asked_for(kind, pieces):
-    with pytest.raises(LimbeckError, match="knows byte-level BPE alone"):
+    with pytest.raises(LimbeckError, match="knows byte-level BPE, and"):
         splitting_rule({"model": {"type": kind}, "pre_tokenizer": {"type": pieces, "add_prefix_space": False}})
 
 
@@ -447,19 +448,19 @@ def test_shadow_students_train_and_are_saved_and_packed_ones_say_they_do_not(tmp
 ])  # fmt: skip
 def test_a_student_that_cannot_be_built_is_told(changes, message):
     with pytest.raises(ConfigError, match=message):
-        build_student(StudentConfig(config={**TINY, **changes}), 4096, 0, {})
+        build_student(StudentConfig(config={**TINY, **changes}), {"vocab_size": 4096}, 0)
 
 
 def test_a_student_is_built_as_its_section_says():
-    special = {"eos_token_id": 3, "bos_token_id": 5}
+    keys = {"vocab_size": 4096, "eos_token_id": 3, "bos_token_id": 5}
     config = {**TINY, "head_dim": 24, "rope_theta": 5e5, "bos_token_id": 7}
-    one, same, other = (build_student(StudentConfig(config=config), 4096, seed, special) for seed in (1, 1, 2))
+    one, same, other = (build_student(StudentConfig(config=config), keys, seed) for seed in (1, 1, 2))
     assert (one.config.vocab_size, one.config.eos_token_id, one.config.bos_token_id) == (4096, 3, 7)
     assert one.model.layers[0].self_attn.q_proj.weight.shape == (48, 32)
     assert torch.equal(one.lm_head.weight, same.lm_head.weight)
     assert not torch.equal(one.lm_head.weight, other.lm_head.weight)
     assert not hasattr(one.config, "quantization_config")
-    ternary = build_student(StudentConfig(config=TINY, ternary=TernaryConfig(group_size=8)), 4096, 1, {})
+    ternary = build_student(StudentConfig(config=TINY, ternary=TernaryConfig(group_size=8)), keys, 1)
     assert ternary.config.quantization_config["group_size"] == 8
 
 
@@ -469,7 +470,7 @@ def test_a_students_code_is_trusted_as_its_section_says(monkeypatch):
     asked = []
     monkeypatch.setattr(module, "load_causal_lm", lambda name, **given: asked.append((name, given)) or tiny_model())
     section = StudentConfig(model="here", revision="v1", trust_remote_code=True, config={"rope_theta": 5.0})
-    build_student(section, 4096, 0, {})
+    build_student(section, {"vocab_size": 4096}, 0)
     assert asked == [("here", {"revision": "v1", "trust_remote_code": True, "dtype": "float32", "rope_theta": 5.0})]
 
 

@@ -175,7 +175,7 @@ def test_splitting_rules():
     split["pattern"]["Regex"] = "."
     with pytest.raises(LimbeckError, match="no llama.cpp name for"):
         splitting_rule(qwen)
-    with pytest.raises(LimbeckError, match="knows byte-level BPE alone"):
+    with pytest.raises(LimbeckError, match="knows byte-level BPE, and"):
         splitting_rule({"model": {"type": "Unigram"}})
     with pytest.raises(LimbeckError, match="adds a space"):
         splitting_rule({"model": {"type": "BPE"}, "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}})

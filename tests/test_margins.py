@@ -69,7 +69,7 @@ def test_the_type_goes_by_the_inputs_of_every_weight(tmp_path):
     )  # fmt: skip
     make_ternary(model, TernaryConfig(group_size="row", preset="experts"))
     export = GGUFExport(save_model(model, tmp_path / "m"))
-    assert export.choose(DiskTensors(export.folder)) == "q2_0"
+    assert export.layout.choose(DiskTensors(export.folder)) == "q2_0"
 
 
 def test_an_export_says_sizes_and_checks_when_asked(tmp_path):

@@ -62,7 +62,7 @@ TABLE = [
     ("data pack r.yaml --dataset latin.txt --output packed", "latin.txt is no UTF-8 text"),
     ("run r.yaml --tokenizer empty", "empty has no tokenizer.json. Name a model's folder, or a hub id."),
     ("run r.yaml --teacher-model t", "t has no tokenizer.json. Name a model's folder, or a hub id."),
-    ("run r.yaml --seq-len 4096", "the teacher tiny-python has a context of 2048 tokens. Set --seq-len 2048"),
+    ("run r.yaml --seq-len 4096", "has a context of 2048 tokens. Set --seq-len 2048"),
     ("run r.yaml --student-model short", "the student short has a context of 32 tokens. Set --seq-len 32"),
     ("run r.yaml --device cuda", "torch sees no GPU here. Use cpu, or leave it unset."),
     ("run r.yaml --device gpu", "--device (training.device) must be one of cpu, cuda (found 'gpu')"),

@@ -273,7 +273,7 @@ def test_a_hub_model_is_known_by_its_commit_without_network(tmp_path, monkeypatc
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(tmp_path), raising=False)
     assert model_identity("org/name") == {"weights": commit}
-    with pytest.raises(LimbeckError, match="no local copy"):
+    with pytest.raises(LimbeckError, match="the hub cannot be reached"):
         model_identity("org/other")
     with pytest.raises(LimbeckError, match="no hub id"):
         model_identity("no such/name/at all")

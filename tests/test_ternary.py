@@ -208,13 +208,13 @@ def test_a_recipe_trains_ternary_and_resumes_to_the_bit(recipe_tree, packed, tmp
     with stopped_after(saves=1):
         train_recipe(recipe, tmp_path / "cut")
     train_recipe(recipe, tmp_path / "cut")
-    for name in ("final/model.safetensors", "best/model.safetensors"):
+    for name in ("final/ternary.safetensors", "best/ternary.safetensors"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     saved = json.loads((tmp_path / "whole" / "final" / "config.json").read_text())["quantization_config"]
     assert saved["format"] == "shadow"
     found = load_causal_lm(str(tmp_path / "whole" / "final"), dtype="float32")
     assert found.ternary_state.group_size == 8
-    shadow = load_file(tmp_path / "whole" / "final" / "model.safetensors")
+    shadow = load_file(tmp_path / "whole" / "final" / "ternary.safetensors")
     assert all(value.dtype == torch.float32 for value in shadow.values())
     assert weights(found).keys() >= {name for name in shadow if "experts" not in name}
 

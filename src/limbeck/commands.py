@@ -1,6 +1,8 @@
 """What each command does once its words are parsed; imported when a command runs, not for `--help`."""
 
 import json
+import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -24,6 +26,7 @@ class Options:
     force: bool = False
     skip_existing: bool = False
     verify: bool = False
+    prune: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,24 @@ class Result:
 
 def run(recipe: Recipe, options: Options) -> Result:
     """Run every stage of a recipe."""
-    return _pipeline(recipe, None, options)
+    found = _pipeline(recipe, None, options)
+    if options.dry_run:
+        return found
+    commands = _next_commands(recipe)
+    lines = ["next:", *(f"  {command}" for command in commands)]
+    return Result({**found.data, "next": commands}, "\n".join([found.text, "", *lines]))
+
+
+def _next_commands(recipe: Recipe) -> list[str]:
+    """What one may want to type now."""
+    program = "limbeck" if shutil.which("limbeck") else f"{sys.executable} -m limbeck"
+    prompt = shlex.quote(recipe.generation.prompt.splitlines()[0])
+    other = recipe.root.parent / f"{recipe.root.name}-mine"
+    return [
+        f"{program} generate {recipe.root} --prompt {prompt}",
+        f"{program} export {recipe.root} --format {'gguf' if recipe.student.ternary else 'hf'}",
+        f"{program} run {recipe.root} --dataset YOUR.txt --output-dir {other}",
+    ]
 
 
 def data_pack(recipe: Recipe, options: Options) -> Result:
@@ -85,8 +105,8 @@ def _pipeline(recipe: Recipe, last: str | None, options: Options) -> Result:
         warn(problem)
     if options.dry_run:
         stages = plan(recipe, last)
-        text = "\n".join(f"{stage.name:<10} {stage.state}" for stage in stages)
-        return Result({"stages": [{"name": s.name, "state": s.state} for s in stages]}, text)
+        text = "\n".join(f"{stage.name:<10} {stage.state:<7} {stage.needs}".rstrip() for stage in stages)
+        return Result({"stages": [{"name": s.name, "state": s.state, "needs": s.needs} for s in stages]}, text)
     report = run_pipeline(recipe, last, force=options.force, keep_existing=options.skip_existing)
     data: dict[str, Any] = {"stages": [asdict(stage) for stage in report.stages], **report.results}
     folder = {"pack": recipe.packed_dir, "cache": recipe.cache_dir, "train": recipe.student_dir}.get(last or "")
@@ -123,15 +143,22 @@ def generate(recipe: Recipe, options: Options) -> Result:
 
 def export(recipe: Recipe, options: Options) -> Result:
     """Write a finished student for other programs."""
-    from limbeck.export.run import export_student
+    from limbeck.export.run import export_student, next_steps
 
     run = recipe.export.input or recipe.root
-    data = export_student(recipe.export, run, _export_name(recipe), verify=options.verify)
-    return Result(data, "\n".join(f"{key:<24} {value}" for key, value in data.items()))
+    name = _export_name(recipe)
+    data = export_student(recipe.export, run, name, verify=options.verify)
+    data["next"] = next_steps(recipe.export.format, data["output"], name)
+    found = [f"{key:<24} {value}" for key, value in data.items() if key != "next"]
+    return Result(data, "\n".join([*found, "", "next:", *(f"  {line}" for line in data["next"])]))
 
 
 def _export_name(recipe: Recipe) -> str:
-    return recipe.export.input.resolve().name if recipe.export.input else recipe.name
+    """The run's name; of a model that lies in no run its folder's."""
+    given = recipe.export.input
+    if given is None or recipe.root.resolve() in (given.resolve(), *given.resolve().parents):
+        return recipe.name
+    return given.resolve().name
 
 
 def inspect(recipe: Recipe, options: Options) -> Result:
@@ -153,6 +180,21 @@ def _gguf_file(path: Path) -> Path:
         named = ", ".join(map(str, found)) or "none"
         raise ConfigError(f"{path} holds {len(found)} GGUF files ({named}); name one: `limbeck inspect FILE.gguf`.")
     return found[0]
+
+
+def runs(recipe: Recipe, options: Options) -> Result:
+    """List the runs of a folder, and make room."""
+    from limbeck.runs import as_records, find_runs, prune, runs_text
+
+    found = find_runs(recipe.output_dir or Path("outputs"))
+    if not options.prune:
+        return Result({"runs": as_records(found)}, runs_text(found))
+    gone = prune(found, dry=options.dry_run)
+    size = sum(held.size for held in gone)
+    what = "would be deleted" if options.dry_run else "deleted"
+    lines = [f"{held.path}  {held.size / 1e6:,.1f} MB" for held in gone]
+    data = {"pruned": [str(held.path) for held in gone], "bytes": size, "dry_run": options.dry_run}
+    return Result(data, "\n".join([*lines, f"{len(gone)} earlier results {what}, {size / 1e6:,.1f} MB"]))
 
 
 def config_schema(recipe: Recipe, options: Options) -> Result:

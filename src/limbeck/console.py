@@ -6,7 +6,7 @@ Everything here goes to stderr; stdout carries a command's result alone (`--json
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -62,14 +62,36 @@ def progress(label: str, total: float | None) -> Iterator[Progress]:
         yield _Bar(bar, bar.add_task(label, total=total))
 
 
-def say(message: str) -> None:
+#: Attribute of a record that is one of the many lines about steps.
+STEP_LINE = "limbeck_step_line"
+
+
+def say(message: str, *, step_line: bool = False) -> None:
     """Tell the user one thing about the work in hand (stderr)."""
-    logger.info(message)
+    logger.info("%s", message, extra={STEP_LINE: step_line})
 
 
 def warn(message: str) -> None:
     """Tell the user something that deserves attention but does not stop the work (stderr)."""
     logger.warning("WARNING: %s", message)
+
+
+def columns(texts: Mapping[str, str], width: int = 118) -> str:
+    """Texts beside one another, each under its title."""
+    import io
+
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, width=width, pad_edge=False)
+    for title in texts:
+        table.add_column(title, ratio=1, overflow="fold")
+    table.add_row(*(Text("".join(c if c.isprintable() or c == "\n" else " " for c in text)) for text in texts.values()))
+    out = io.StringIO()
+    Console(file=out, width=width, color_system=None).print(table)
+    return "\n".join(line.rstrip() for line in out.getvalue().strip("\n").splitlines())
 
 
 def printable(text: str, limit: int = 300) -> str:

@@ -127,18 +127,13 @@ class StageFolder:
         """True when it is done; an earlier result of these very inputs, finished or not, is put back for that."""
         if self.recorded() != self.fingerprint and (earlier := self._in_backup()) is not None:
             if self.path.exists():
-                self._back_up()
+                self.set_aside()
             earlier.path.rename(self.path)
         return self.is_done()
 
-    def differences(self) -> str:
+    def differences(self, most: int = 4) -> str:
         """The first inputs that differ from the recorded ones, as `key: recorded -> wanted`."""
-        recorded, found = self.recorded_inputs(), []
-        for key in sorted(recorded.keys() | self.inputs.keys()):
-            old, new = recorded.get(key), json.loads(canonical_json(self.inputs.get(key)))
-            if old != new:
-                found.append(f"{key}: {_short(old)} -> {_short(new)}")
-        return "; ".join(found[:4])
+        return differences(self.recorded_inputs(), json.loads(canonical_json(self.inputs)), most)
 
     def begin(self, *, clean: bool = True, replace: bool = False) -> None:
         """Create the folder and record its inputs; continuing the same inputs changes nothing.
@@ -154,7 +149,7 @@ class StageFolder:
         """
         recorded = self.recorded()
         if recorded is not None and self.backup is not None and (replace or recorded != self.fingerprint):
-            self._back_up()
+            self.set_aside()
             recorded = None
         elif recorded is not None and replace:
             self.clear()
@@ -204,13 +199,19 @@ class StageFolder:
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         (self.path / INPUTS).unlink()
 
-    def _back_up(self) -> None:
+    def set_aside(self) -> None:
         """Move the folder away, named by what it was made from: a changed key never deletes a result."""
+        place = self.place_in_backup()
+        place.parent.mkdir(parents=True, exist_ok=True)
+        self.path.rename(place)
+
+    def place_in_backup(self) -> Path:
+        """Where the folder goes when another one takes its place."""
         assert self.backup is not None
         name = f"{self.path.name}-{str(self.recorded())[:12]}"
-        self.backup.mkdir(parents=True, exist_ok=True)
-        taken = sum(1 for path in self.backup.iterdir() if path.name == name or path.name.startswith(f"{name}."))
-        self.path.rename(self.backup / (f"{name}.{taken}" if taken else name))
+        held = self.backup.iterdir() if self.backup.is_dir() else ()
+        taken = sum(1 for path in held if path.name == name or path.name.startswith(f"{name}."))
+        return self.backup / (f"{name}.{taken}" if taken else name)
 
     def _in_backup(self) -> "StageFolder | None":
         """The folder of these very inputs, finished or not, that an earlier `begin` moved away."""
@@ -218,6 +219,21 @@ class StageFolder:
             return None
         found = StageFolder(self.backup / f"{self.path.name}-{self.fingerprint[:12]}", self.command, self.inputs)
         return found if found.recorded() == self.fingerprint else None
+
+
+def differences(old: Any, new: Any, most: int = 4) -> str:
+    """The first dotted keys in which two trees of JSON differ, as `key: old -> new`."""
+    found = list(_differing(old, new, ""))
+    more = f"; and {len(found) - most} more" if len(found) > most else ""
+    return "; ".join(f"{key}: {_short(before)} -> {_short(after)}" for key, before, after in found[:most]) + more
+
+
+def _differing(old: Any, new: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted(old.keys() | new.keys()):
+            yield from _differing(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+    elif old != new:
+        yield key, old, new
 
 
 def _short(value: Any) -> str:

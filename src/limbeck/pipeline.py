@@ -29,6 +29,7 @@ class StageReport:
     name: str
     state: str
     seconds: float
+    needs: str = ""
 
 
 @dataclass
@@ -88,15 +89,30 @@ def select(stages: Sequence[Stage], last: str | None) -> list[Stage]:
 
 
 def plan(recipe: Recipe, last: str | None = None) -> list[StageReport]:
-    """What `run_pipeline` would do, without doing anything: `done` or `to run` a stage."""
+    """What `run_pipeline` would do, without doing anything: `done` or `to run` a stage, and what that needs.
+
+    Raises:
+        LimbeckError: as `run_pipeline`, before it does anything.
+    """
+    stages = select(build_stages(recipe), last)
+    _check_stages(recipe, stages)
     pending: set[str] = set()
     reports = []
-    for stage in select(build_stages(recipe), last):
+    for stage in stages:
         to_run = bool(pending & set(stage.after)) or not stage.folder.is_kept()
         if to_run:
             pending.add(stage.name)
-        reports.append(StageReport(stage.name, "to run" if to_run else "done", 0.0))
+        reports.append(StageReport(stage.name, "to run" if to_run else "done", 0.0, stage.needs() if to_run else ""))
     return reports
+
+
+def _check_stages(recipe: Recipe, stages: Sequence[Stage]) -> None:
+    """Refuse now what a stage would refuse after the work of those before it."""
+    in_the_way = next((path for path in (recipe.root, *recipe.root.parents) if path.exists()), recipe.root)
+    if in_the_way.is_file():
+        raise ConfigError(f"{recipe.root} cannot be made: {in_the_way} is a file. Choose another output_dir.")
+    for stage in reversed(stages):  # the last ask the least: an endpoint is looked at when all else is well
+        stage.check()
 
 
 def run_pipeline(
@@ -114,11 +130,7 @@ def run_pipeline(
     stages = select(build_stages(recipe), last)
     if force and ranks.world_size() > 1:
         raise ConfigError("--force starts over in one process; run it once without torchrun first.")
-    in_the_way = next((path for path in (recipe.root, *recipe.root.parents) if path.exists()), recipe.root)
-    if in_the_way.is_file():
-        raise ConfigError(f"{recipe.root} cannot be made: {in_the_way} is a file. Choose another output_dir.")
-    for stage in reversed(stages):  # the last ask the least: an endpoint is looked at when all else is well
-        stage.check()
+    _check_stages(recipe, stages)
     with folder_lock(recipe.root) if ranks.rank() == 0 else contextlib.nullcontext():
         for number, stage in enumerate(stages):
             started = time.perf_counter()
@@ -168,6 +180,10 @@ def _run(stage: Stage, *, force: bool) -> str:
             say(f"{stage.name}: found done" + ("" if done else " (an earlier run with these settings)"))
             return "skipped"
     say(f"{stage.name}: running")
+    if not force and folder.recorded() not in (None, folder.fingerprint) and not stage.again:
+        say(f"{stage.name}: {stage.replaces(folder)}" + stage.kept_where(folder))
+    elif folder.recorded() is None and (hint := stage.hint()) is not None:
+        say(f"{stage.name}: {hint}")
     with plain_disk_errors(stage.path):
         stage.make(folder, force=force)
     if stage.shared and ranks.world_size() > 1:

@@ -8,29 +8,16 @@ import json
 import pytest
 import torch
 
+from awkward import AWKWARD
 from conftest import TOKENIZER, limbeck, save_model, tiny_model
 from limbeck.config import TernaryConfig
 from limbeck.export.gguf import GGUFExport
 from limbeck.students.build import make_ternary
 from test_export import SHAPES
+from test_tokenizers import sentencepiece_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 llama_cpp = pytest.importorskip("llama_cpp", reason="needs the verify extra (llama-cpp-python)")
-
-AWKWARD = [
-    "def f(x):\n    return x\n", "  two spaces", "   three", "\ttab\t\ttabs", "\n\n\nlines\n \n", "trailing   ", " ",
-    "", "a", "aaaaaaaaaaaaaaaaaaaaaaaa", "CamelCaseName", "snake_case_name", "x=1;y=2", "0123456789 3.14159 1e-10",
-    "don't can't I'll we've they'd I'm you're", "it's 'quoted' \"double\"", "naïve café façade", "Ünïcödé",
-    "Привет, мир",
-    "你好，世界", "こんにちは", "안녕하세요",
-    "مرحبا", "שלום", "ไทย", "हिन्दी", "🚀", "👩‍👩‍👧‍👦 family", "🇩🇪🇫🇷",
-    "e\u0301 combining",
-    "zero\u200bwidth", "nbsp\u00a0here", "ﬁ ligature", "½ ² ™ ©", "→ ⇒ ∀ ∃ ∑", "<|endoftext|>", "a<|endoftext|>b",
-    "<|not a token|>", "[INST] <<SYS>>", "```python\nprint('x')\n```", "# comment\n## more", "{\"json\": [1, 2, null]}",
-    "<div class=\"x\">&amp;</div>", "SELECT * FROM t WHERE a >= 1;", "C:\\path\\to\\file", "/usr/bin/env -S",
-    "a\r\nb\rc",
-    "-----=====-----", "(((([[[[{{{{}}}}]]]]))))", "The quick brown fox jumps over the lazy dog.",
-]  # fmt: skip
 
 
 def test_fifty_awkward_strings_have_the_same_ids(tmp_path):
@@ -45,6 +32,24 @@ def test_fifty_awkward_strings_have_the_same_ids(tmp_path):
     for text in AWKWARD:
         theirs = llama.tokenize(text.encode(), add_bos=True, special=True) if text else []
         assert theirs == tokenizer(text)["input_ids"], text
+    llama.close()
+
+
+@pytest.mark.parametrize("prepend", ["normalizer", "metaspace", "none"])
+def test_fifty_awkward_strings_of_a_sentencepiece_tokenizer(tmp_path, prepend):
+    """As Llama 2 and Mistral have it, as it is converted since, and as Gemma has it."""
+    tokenizer = sentencepiece_tokenizer(prepend)
+    model = tiny_model(**SHAPES["llama"], vocab_size=len(tokenizer))
+    make_ternary(model, TernaryConfig(group_size=256))
+    model.save_pretrained(tmp_path / "final")
+    tokenizer.save_pretrained(tmp_path / "final")
+    GGUFExport(tmp_path / "final", "tq2_0").write(tmp_path / "m.gguf")
+    llama = llama_cpp.Llama(str(tmp_path / "m.gguf"), vocab_only=True, verbose=False)
+    for text in AWKWARD:
+        if prepend == "metaspace" and text.startswith(" "):  # which puts no second space there
+            continue
+        theirs = llama.tokenize(text.encode(), add_bos=False, special=True) if text else []
+        assert theirs == tokenizer(text, add_special_tokens=False)["input_ids"], text
     llama.close()
 
 

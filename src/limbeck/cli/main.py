@@ -152,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{stopped}\n")
         return stopped.exit_code
     except (KeyboardInterrupt, click.Abort):
-        sys.stderr.write("interrupted; run the same command again to continue\n")
+        sys.stderr.write("interrupted; what is finished is kept, and the same command goes on after it\n")
         return 130
     except Exception as error:
         from limbeck.storage import disk_problem
@@ -207,7 +207,7 @@ def console() -> NoReturn:
 
 def _terminated(number: int, frame: object) -> None:
     """A polite end (a job scheduler's, torchrun's): say how to go on."""
-    sys.stderr.write("terminated; run the same command again to continue\n")
+    sys.stderr.write("terminated; what is finished is kept, and the same command goes on after it\n")
     sys.stderr.flush()
     os._exit(128 + number)
 

@@ -9,6 +9,7 @@ SWITCHES = {
     "skip-existing": "Leave a complete folder as it is, whatever it was made from.",
     "verify": "Compare what was written with the student, and run it through llama.cpp where that is installed.",
     "pretrain-ce-only": "No teacher: training.mode ce.",
+    "prune": "Delete the earlier results that lie in previous/.",
     "json": "Print the result as one JSON document on stdout.",
 }
 
@@ -158,6 +159,12 @@ SUBCOMMANDS: dict[str, Subcommand] = {
         },
         word="teacher.model",
     ),
+    "runs": Subcommand(
+        "runs",
+        "List what a folder of runs holds, earlier results and what differs in them; --prune deletes those.",
+        ("prune", "dry-run"),
+        word="output_dir",
+    ),
     "config show": Subcommand("config_show", "Print the resolved recipe."),
     "config schema": Subcommand("config_schema", "Print the JSON schema of recipes."),
 }
@@ -175,6 +182,7 @@ _WORDS = {
     "recipe": "[RECIPE.yaml | RUN]",
     "teacher.remote.endpoint": "[URL | RECIPE.yaml]",
     "teacher.model": "[MODEL | RECIPE.yaml]",
+    "output_dir": "[FOLDER]",
 }
 
 

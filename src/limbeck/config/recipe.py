@@ -19,6 +19,7 @@ from limbeck.config.training import (
     PhaseConfig,
     SaddleConfig,
     StagesConfig,
+    TrackingConfig,
     TrainingConfig,
 )
 from limbeck.errors import ConfigError
@@ -51,14 +52,19 @@ class ExportConfig(Section):
     """What `limbeck export` writes, and from what."""
 
     input: Path | None = Field(None, description="A run's folder, a student's or a model's; default the recipe's run.")
-    output: Path | None = Field(None, description="File (gguf) or folder (packed); default INPUT/export/.")
-    format: Literal["gguf", "packed"] = Field("gguf", description="For llama.cpp, or for transformers with limbeck.")
+    output: Path | None = Field(None, description="File (gguf) or folder (packed, hf); default INPUT/export/.")
+    format: Literal["gguf", "packed", "hf"] = Field(
+        "gguf",
+        description="`gguf` for llama.cpp; `packed` for transformers with limbeck; `hf`: plain weights for whatever "
+        "loads transformers models.",
+    )
     type: Literal["auto", "tq2_0", "tq1_0", "q2_0", "q4_0", "f16"] = Field(
         "auto", description="GGUF type of ternary weights; `auto`: the smallest that holds their groups exactly."
     )
     embedding: Literal["q8_0", "f16"] = Field("q8_0", description="GGUF type of embedding and head.")
     rest: Literal["bf16", "f16", "f32", "fp8"] = Field(
-        "bf16", description="Precision of what is not ternary in `packed`; fp8: matrices E4M3, vectors bf16."
+        "bf16",
+        description="Precision of what is not ternary in `packed` (fp8: matrices E4M3, vectors bf16), of all in `hf`.",
     )
     group_size: PositiveInt | None = Field(
         None, description="Checked against the student's: groups are chosen in training, not in export."
@@ -97,7 +103,7 @@ class PipelineConfig(Section):
 
     ce_baseline: bool = Field(False, description="Also train the same student with CE alone, for comparison.")
     generate: bool = Field(False, description="End with a generated sample.")
-    export: Annotated[list[Literal["packed", "gguf"]], OR_WORDS] = Field(
+    export: Annotated[list[Literal["packed", "gguf", "hf"]], OR_WORDS] = Field(
         default_factory=list, description="Formats to export the student to, with `export.type` and the like."
     )
 
@@ -120,6 +126,7 @@ class Recipe(Section):
     loss: LossConfig = Field(default_factory=LossConfig, description="Loss.")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="Optimizer.")
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="Training loop.")
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="Trackers.")
     saddle: SaddleConfig = Field(default_factory=SaddleConfig, description="Saddle interventions.")
     parameter_lr_multipliers: list[LRMultiplier] = Field(
         default_factory=list, description="Learning-rate factors by parameter name; the first match wins."

@@ -145,8 +145,10 @@ DEFAULT_RATES = {"muon": 0.02, "lion": 1e-4, "adamw": 3e-4}
 class OptimizerConfig(Section):
     """Which algorithm trains what."""
 
-    name: Literal["adamw", "lion", "muon_lion", "muon_adamw"] = Field(
-        "adamw", description="One for everything, or Muon for hidden matrices and the second for the rest."
+    name: Literal["auto", "adamw", "lion", "muon_lion", "muon_adamw"] = Field(
+        "auto",
+        description="One for everything, or Muon for hidden matrices and the second for the rest; `auto`: Muon + AdamW "
+        "with rates for the student's kind and width, or AdamW where training.learning_rate is given.",
     )
     muon: MuonConfig = Field(default_factory=MuonConfig, description="Muon.")
     lion: LionConfig = Field(default_factory=LionConfig, description="Lion.")
@@ -163,12 +165,12 @@ class OptimizerConfig(Section):
     @property
     def for_matrices(self) -> str:
         """The algorithm of hidden matrices."""
-        return self.name.partition("_")[0]
+        return "adamw" if self.name == "auto" else self.name.partition("_")[0]
 
     @property
     def for_others(self) -> str:
         """The algorithm of everything else."""
-        return self.name.rpartition("_")[2]
+        return "adamw" if self.name == "auto" else self.name.rpartition("_")[2]
 
 
 class SaddleConfig(Section):
@@ -191,6 +193,14 @@ class SaddleConfig(Section):
     )
     lanczos_steps: Annotated[int, Field(ge=2)] = Field(14, description="Hessian-vector products of a proof.")
     probe_rows: PositiveInt = Field(8, description="Fixed training rows on which curvature and moves are measured.")
+
+
+class TrackingConfig(Section):
+    """How trackers know the run."""
+
+    project: str = Field("limbeck", description="Project of W&B and trackio.", min_length=1)
+    name: str | None = Field(None, description="Name of the run there; default the recipe's.")
+    tags: Annotated[list[str], OR_WORDS] = Field(default_factory=list, description="W&B's tags of the run.")
 
 
 class ScheduleConfig(Section):
@@ -218,7 +228,7 @@ class TrainingConfig(ScheduleConfig):
     per_device_eval_batch_size: PositiveInt = Field(8, description="Rows in one evaluation batch.")
     gradient_accumulation_steps: PositiveInt = Field(1, description="Micro-batches in one optimizer step.")
     learning_rate: Positive | None = Field(
-        None, description="Peak learning rate (of Muon, where it is used); default 5e-4, and 0.02 for Muon."
+        None, description="Peak learning rate (of Muon, where it is named); default by optimizer.name."
     )
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "warmup_stable_decay"] = Field(
         "cosine", description="Shape of the learning rate after warm-up."
@@ -242,7 +252,12 @@ class TrainingConfig(ScheduleConfig):
     save_total_limit: PositiveInt | None = Field(3, description="Newest checkpoints kept, beside the best one.")
     dashboard: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="A live panel on the terminal; `auto`: where stderr is one. Lines go to training.log always.",
+        description="A live panel on the terminal; `auto`: where stderr is one. All messages go to training.log.",
+    )
+    step_line: Literal["combined", "throughput", "parts", "both"] = Field(
+        "combined",
+        description="Form of a step's line: all in one, `[step/total] loss=… tok/s=…`, `Step N: Total Loss: …`, or "
+        "the last two.",
     )
     resume: bool = Field(True, description="Continue from the newest whole checkpoint in output_dir.")
     resume_from: Path | None = Field(None, description="Continue from this checkpoint of another run or mode.")

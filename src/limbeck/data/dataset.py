@@ -130,8 +130,7 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, Any]]):
     def check(self, tokenizer: LoadedTokenizer | None = None, max_length: int | None = None) -> None:
         """Refuse rows of another tokenizer or another length, naming both values."""
         if tokenizer is not None:
-            recorded = self.manifest.tokenizer
-            require_same(recorded.hash, tokenizer.hash, f"{self.folder} ({recorded.name})", tokenizer.name)
+            require_same(self.manifest.tokenizer, tokenizer, f"{self.folder}", "this run")
         if max_length is not None and max_length != self.max_length:
             raise MismatchError(
                 f"{self.folder} is packed in rows of {self.max_length} tokens and dataset.max_length is {max_length}. "

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from limbeck.config import DatasetConfig
 from limbeck.console import printable
 from limbeck.errors import LimbeckError
+from limbeck.hub import HubError, commit_of
 from limbeck.storage import fingerprint, sha256_file_cached
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
@@ -62,12 +63,8 @@ class Document:
         with self.content.open(encoding="utf-8-sig", errors="replace", newline="") as file:
             first = True
             while chunk := file.read(_CHUNK):
-                broken = chunk.count("\ufffd") / len(chunk)
-                if first and broken > _MOST_BROKEN:
-                    raise LimbeckError(
-                        f"{self.content} is no UTF-8 text: {broken:.0%} of its beginning cannot be read. Convert "
-                        "it (`iconv -f LATIN1 -t UTF-8`), or leave it out."
-                    )
+                if first:
+                    _require_utf8(chunk, f"{self.content}")
                 first = False
                 yield chunk
 
@@ -75,6 +72,20 @@ class Document:
     def text(self) -> str:
         """The whole text."""
         return "".join(self.chunks())
+
+
+def _require_utf8(text: str, where: str) -> None:
+    """Refuse text that was decoded from another encoding.
+
+    Raises:
+        LimbeckError: too much of it could not be read.
+    """
+    broken = text.count("\ufffd") / len(text)
+    if broken > _MOST_BROKEN:
+        raise LimbeckError(
+            f"{where} is no UTF-8 text: {broken:.0%} of its beginning cannot be read. Convert it (`iconv -f LATIN1 -t "
+            "UTF-8`), or leave it out."
+        )
 
 
 class Source(Protocol):
@@ -126,6 +137,7 @@ class FileSource:
                 if not line.strip():
                     continue
                 where = f"{path} line {number + 1}"
+                _require_utf8(line, where)
                 try:
                     record = json.loads(line)
                 except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
@@ -179,15 +191,12 @@ class HubSource:
             files = sorted(path for path in folder.rglob("*") if path.is_file())
             content = fingerprint([[str(p.relative_to(folder)), sha256_file_cached(p)] for p in files])
         else:
-            from huggingface_hub import HfApi
-            from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
             try:
-                content = str(HfApi().dataset_info(config.name, revision=config.revision).sha)
-            except (HfHubHTTPError, HFValidationError, OSError) as error:
+                content = commit_of("dataset", config.name, config.revision)
+            except HubError as error:
                 raise LimbeckError(
-                    f"dataset {config.name!r} is neither a file or folder here nor reachable on the hub "
-                    f"({type(error).__name__}). Check dataset.name and the network."
+                    f"dataset {config.name!r} is neither a file or folder here nor reachable on the hub: {error}. "
+                    "Check dataset.name and the network."
                 ) from None
         return {"name": config.name, "config": config.config_name, "split": config.split, "content": content}
 

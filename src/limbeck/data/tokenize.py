@@ -4,7 +4,9 @@ The one idea: documents, the long ones in pieces, are sent in batches of about a
 `tokenizers` object and answer with int32 arrays; a bounded window of batches keeps the order and the memory.
 """
 
+import contextlib
 import os
+import signal
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -69,13 +71,28 @@ def tokenize_documents(
     arguments: Any = (tokenizer.json, tokenizer.eos_id)
     with ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, arguments) as pool:
         window: deque[tuple[list[_Piece], Future[list[np.ndarray]]]] = deque()
-        for batch in chain(head, batches):
-            window.append((batch, pool.submit(_work, _texts(batch))))
-            if len(window) > 3 * processes:
-                done, future = window.popleft()
+        try:
+            for batch in chain(head, batches):
+                with _interrupts_held():
+                    window.append((batch, pool.submit(_work, _texts(batch))))
+                if len(window) > 3 * processes:
+                    done, future = window.popleft()
+                    yield from _label(done, future.result())
+            for done, future in window:
                 yield from _label(done, future.result())
-        for done, future in window:
-            yield from _label(done, future.result())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C is this process's: workers that start meanwhile never see it; here it comes a moment later."""
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
 def _cores() -> int:

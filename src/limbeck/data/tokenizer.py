@@ -1,13 +1,14 @@
 """Loading a tokenizer, training one, and the hash that says two of them are the same.
 
 The one idea: a tokenizer is the text of its `tokenizers` JSON plus its special ids; equal hash means equal
-ids for every text, so teacher, cache, packed data and student are compared by that hash alone.
+ids for every text, so teacher, cache, packed data and student are compared by that hash alone. The JSON is what is
+loaded, saved and used, whatever class a model's type would give it.
 """
 
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from limbeck.data.holdout import Holdout
 from limbeck.data.pieces import at_spaces
 from limbeck.data.sources import open_source
 from limbeck.errors import LimbeckError, MismatchError
-from limbeck.models import resolve_model
+from limbeck.manifests import TokenizerRecord
+from limbeck.models import require_reachable, resolve_model
 from limbeck.storage import read_json
 
 END_OF_TEXT = "<|endoftext|>"
@@ -48,6 +50,14 @@ class LoadedTokenizer:
     def vocab_size(self) -> int:
         """One more than the largest id, added tokens included."""
         return int(max(self.hf.get_vocab().values())) + 1
+
+    @property
+    def model_keys(self) -> dict[str, int]:
+        """What a new model's config takes over: the vocabulary's size, and special ids."""
+        special = {"bos_token_id": self.hf.bos_token_id, "eos_token_id": self.eos_id}
+        if self.hf.pad_token_id not in special.values():  # an embedding row named padding never learns
+            special["pad_token_id"] = self.hf.pad_token_id
+        return {"vocab_size": self.vocab_size, **special}
 
     def byte_lengths(self) -> np.ndarray:
         """UTF-8 bytes that each id stands for, `[V]` int64; special tokens stand for none.
@@ -96,12 +106,15 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     Raises:
         LimbeckError: it cannot be found, has no fast (`tokenizers`) form, or has no end-of-text token.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     path = resolve_model(name)
-    _refuse_large_ids(name, path, revision)
+    require_reachable(name, "tokenizer")
+    has_json = _refuse_large_ids(name, path, revision)
+    # AutoTokenizer may take a class that the model's type suggests, and that makes its own splitting rule.
+    kind = PreTrainedTokenizerFast if has_json and not trust_remote_code else AutoTokenizer
     try:
-        hf = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        hf = kind.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise LimbeckError(f"tokenizer {name!r} could not be loaded: {_no_tokenizer(path, error)}") from error
     if not hf.is_fast:
@@ -124,8 +137,23 @@ def _no_tokenizer(path: str, error: Exception) -> str:
     return str(error).strip().splitlines()[0][:300]
 
 
-def _refuse_large_ids(name: str, path: str, revision: str | None) -> None:
+def read_as_other(folder: Path, own: LoadedTokenizer) -> str | None:
+    """The class by which `AutoTokenizer` reads a saved folder, where that gives another tokenizer; None: the same."""
+    from transformers import AutoTokenizer
+
+    try:
+        found = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, AttributeError):
+        return "nothing that loads"
+    same = found.is_fast and replace(own, hf=found).json == own.json
+    return None if same else type(found).__name__
+
+
+def _refuse_large_ids(name: str, path: str, revision: str | None) -> bool:
     """Refuse a tokenizer.json whose ids no model has; the library that reads it would abort the process.
+
+    Returns:
+        True when there is a tokenizer.json.
 
     Raises:
         LimbeckError: an id is negative or larger than any vocabulary, or the file is no JSON object.
@@ -135,9 +163,9 @@ def _refuse_large_ids(name: str, path: str, revision: str | None) -> None:
     try:
         found = cached_file(path, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False)
     except (OSError, ValueError):
-        return  # AutoTokenizer says what is wrong with the name
+        return False  # AutoTokenizer says what is wrong with the name
     if found is None:
-        return
+        return False
     data = read_json(Path(found))
     if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
         raise LimbeckError(f"{found} is no tokenizer.json: it has no `model`.")
@@ -148,6 +176,7 @@ def _refuse_large_ids(name: str, path: str, revision: str | None) -> None:
     for number in ids:
         if not isinstance(number, int) or not 0 <= number < LARGEST_VOCABULARY:
             raise _id_error(name, number)
+    return True
 
 
 def _id_error(name: str, number: object) -> LimbeckError:
@@ -159,13 +188,39 @@ def recipe_tokenizer(recipe: Recipe) -> LoadedTokenizer:
     return load_tokenizer(*recipe.tokenizer_source)
 
 
-def require_same(first: str, second: str, first_name: str, second_name: str) -> None:
-    """Refuse two tokenizers whose hashes differ."""
-    if first != second:
+def require_same(known: LoadedTokenizer | TokenizerRecord, tokenizer: LoadedTokenizer, whose: str, other: str) -> None:
+    """Refuse a tokenizer that is not the known one, by their names and by what tells them apart.
+
+    Args:
+        known: the tokenizer, or what was written down of it.
+        tokenizer: to compare with.
+        whose: what the known one belongs to.
+        other: what the other one belongs to.
+
+    Raises:
+        MismatchError: they differ.
+    """
+    if known.hash != tokenizer.hash:
         raise MismatchError(
-            f"{first_name} was made with tokenizer {first[:12]} and {second_name} with tokenizer {second[:12]}. "
-            "Targets are ids of one vocabulary: use the same tokenizer for both, or make one of them again."
+            f"{whose} has the tokenizer {known.name} and {other} has {tokenizer.name}, which is another one: "
+            f"{_difference(known, tokenizer)}. Targets are ids of one vocabulary: use the same tokenizer for both "
+            "(--tokenizer), or make one of them again."
         )
+
+
+def _difference(first: LoadedTokenizer | TokenizerRecord, second: LoadedTokenizer) -> str:
+    """The first thing in which two tokenizers differ, as far as it is known."""
+    if first.vocab_size not in (0, second.vocab_size):
+        return f"{first.vocab_size} ids there, {second.vocab_size} here"
+    if not isinstance(first, LoadedTokenizer):
+        return "its hash is another"
+    one, other = first.hf.get_vocab(), second.hf.get_vocab()
+    if one != other:
+        token, number = next((token, number) for token, number in one.items() if other.get(token) != number)
+        return f"{token!r} is {number} in one and {other.get(token, 'not there')} in the other"
+    if first.eos_id != second.eos_id:
+        return f"the end of text is {first.eos_id} in one and {second.eos_id} in the other"
+    return "they split text by other rules"
 
 
 def train_tokenizer(dataset: DatasetConfig, vocab_size: int, folder: Path) -> LoadedTokenizer:

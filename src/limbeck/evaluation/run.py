@@ -53,7 +53,7 @@ def evaluate_recipe(recipe: Recipe, models: dict[str, str]) -> dict[str, dict[st
 
 def _load(source: ModelSource, tokenizer: LoadedTokenizer, device: str | None, attention: str, data: Path) -> Any:
     own = load_tokenizer(*source)
-    require_same(own.hash, tokenizer.hash, f"model {source.name}", f"data {data}")
+    require_same(own, tokenizer, f"model {source.name}", f"the data in {data}")
     model = load_frozen(source, "auto", device)
     verified_transform(model)
     if attention == "per_document":

@@ -22,8 +22,8 @@ class DiskTensors:
 
     def __init__(self, folder: Path) -> None:
         self._files: dict[str, Path] = {}
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
+        index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
+        if index is not None:
             names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             self._files = {name: folder / Path(file).name for name, file in names.items()}
         else:

@@ -5,10 +5,11 @@ can not hold is refused before a byte is written; then tensors are read, packed 
 """
 
 import contextlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -36,51 +37,53 @@ class Planned:
     shape: tuple[int, ...]
 
 
+class Shapes(Protocol):
+    """The tensors of a model by their runtime names: of a folder, or of a model without weights."""
+
+    def names(self) -> Iterable[str]:
+        """Runtime names, in a fixed order."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor."""
+
+
 @dataclass(frozen=True)
-class GGUFExport:
-    """A model folder on its way to GGUF.
+class GGUFLayout:
+    """What a model becomes in GGUF, from its config and the names and shapes of its tensors alone.
 
-    Args:
-        folder: a model with config, weights and tokenizer.
-        kind: auto, tq2_0, tq1_0, q2_0, q4_0 or f16; `auto` is the smallest that holds every group exactly.
-        embedding: q8_0 or f16, for the embedding and the head.
-
-    Raises:
-        LimbeckError: the architecture, the tokenizer or a tensor can not be expressed; says which and why.
+    Attributes:
+        config: its transformers config.
+        ternary: what is ternary in it and how (`quantization_config`); empty for a dense model.
+        kind: auto, tq2_0, tq1_0, q2_0, q4_0 or f16.
+        embedding: q8_0 or f16.
+        what: how a message calls it.
     """
 
-    folder: Path
-    kind: str = "auto"
-    embedding: str = "q8_0"
-
-    @cached_property
-    def config(self) -> Any:
-        """The model's transformers config."""
-        from transformers import AutoConfig
-
-        return AutoConfig.from_pretrained(self.folder)
+    config: Any
+    ternary: dict[str, Any]
+    kind: str
+    embedding: str
+    what: str
 
     @cached_property
     def architecture(self) -> Architecture:
         """Its architecture in GGUF."""
         return architecture(self.config)
 
-    @cached_property
-    def ternary(self) -> dict[str, Any]:
-        """What the folder says of its ternary weights; empty for a dense model."""
-        return ternary_settings(self.folder)
+    def check(self, tensors: Shapes) -> str:
+        """Find out whether the format can hold it, numbers and all; returns the type of the ternary weights."""
+        arch, chosen = self.architecture, self.choose(tensors)
+        self.plan(tensors, chosen)
+        arch.add_numbers(_Nowhere())
+        return chosen
 
-    def quantised(self, name: str, tensors: DiskTensors) -> TernaryTensor:
-        """Codes and scales of a ternary weight, as its training used them."""
-        return quantise(tensors.get(name), self.ternary["group_size"], self.ternary["scale"])
-
-    def choose(self, tensors: DiskTensors) -> str:
+    def choose(self, tensors: Shapes) -> str:
         """The type of the ternary weights."""
         names = self.ternary.get("weights", [])
         if not names:
             if self.kind not in ("auto", "f16"):
                 raise LimbeckError(
-                    f"{self.folder} has no ternary weights and --type is {self.kind}. Train it with student.ternary, "
+                    f"{self.what} has no ternary weights and --type is {self.kind}. Train it with student.ternary, "
                     "or export it with --type f16."
                 )
             return "f16"
@@ -103,7 +106,7 @@ class GGUFExport:
             + ". Choose another --type, or train with a student.ternary.group_size and widths that divide."
         )
 
-    def plan(self, tensors: DiskTensors, chosen: str) -> list[Planned]:
+    def plan(self, tensors: Shapes, chosen: str) -> list[Planned]:
         """Every tensor of the file, in order, with ternary weights of the chosen type."""
         ternary = set(self.ternary.get("weights", []))
         planned = []
@@ -122,6 +125,54 @@ class GGUFExport:
             return self.embedding if shape[-1] % 32 == 0 else "f16"
         return "f32" if self.architecture.stays_float32(name, shape) else "f16"
 
+
+class _Nowhere:
+    """A writer that writes nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+@dataclass(frozen=True)
+class GGUFExport:
+    """A model folder on its way to GGUF.
+
+    Args:
+        folder: a model with config, weights and tokenizer.
+        name: what the file says it is (`general.name`); default the folder's.
+        kind: auto, tq2_0, tq1_0, q2_0, q4_0 or f16; `auto` is the smallest that holds every group exactly.
+        embedding: q8_0 or f16, for the embedding and the head.
+
+    Raises:
+        LimbeckError: the architecture, the tokenizer or a tensor can not be expressed; says which and why.
+    """
+
+    folder: Path
+    kind: str = "auto"
+    embedding: str = "q8_0"
+    name: str | None = None
+
+    @cached_property
+    def config(self) -> Any:
+        """The model's transformers config."""
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(self.folder)
+
+    @cached_property
+    def ternary(self) -> dict[str, Any]:
+        """What the folder says of its ternary weights; empty for a dense model."""
+        return ternary_settings(self.folder)
+
+    @cached_property
+    def layout(self) -> GGUFLayout:
+        """What becomes of its tensors."""
+        return GGUFLayout(self.config, self.ternary, self.kind, self.embedding, str(self.folder))
+
+    def quantised(self, name: str, tensors: DiskTensors) -> TernaryTensor:
+        """Codes and scales of a ternary weight, as its training used them."""
+        return quantise(tensors.get(name), self.ternary["group_size"], self.ternary["scale"])
+
     def part(self, planned: Planned, tensors: DiskTensors) -> TernaryTensor | torch.Tensor:
         """What a planned tensor holds: codes and scales, or values in float32."""
         target = planned.target
@@ -139,13 +190,13 @@ class GGUFExport:
         import gguf
 
         tensors = DiskTensors(self.folder)
-        arch, chosen = self.architecture, self.choose(tensors)
-        planned = self.plan(tensors, chosen)
+        arch, chosen = self.layout.architecture, self.layout.choose(tensors)
+        planned = self.layout.plan(tensors, chosen)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = temporary_for(path, own=True)
         writer = gguf.GGUFWriter(partial, arch.name)
         try:
-            writer.add_name(self.folder.resolve().parent.name if self.folder.name == "final" else self.folder.name)
+            writer.add_name(self.name or self.folder.resolve().name)
             writer.add_file_type(_FILE_TYPES[chosen])
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
             arch.add_numbers(writer)

@@ -15,9 +15,10 @@ from limbeck.export.source import ExportSource
 from limbeck.models import load_causal_lm
 from limbeck.storage import commit_folder, read_json, temporary_for, write_json
 from limbeck.students.quantizer import float8_key, pack_codes, packed_key, to_float8
+from limbeck.students.weights_file import KEY, rename_weights
 
 _DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32, "fp8": torch.bfloat16}
-_NOT_COPIED = {"config.json", "model.safetensors.index.json", "manifest.json"}
+_NOT_COPIED = {"config.json", "manifest.json"}
 
 
 def export_packed(source: ExportSource, target: Path, rest: str = "bf16") -> dict[str, Any]:
@@ -60,11 +61,14 @@ def _write(source: ExportSource, partial: Path, target: Path, rest: str) -> dict
     save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
     config = read_json(source.folder / "config.json")
     config["quantization_config"].update(format="packed", float8=float8)
+    config["quantization_config"].pop(KEY, None)
     config["dtype"] = str(_DTYPES[rest]).removeprefix("torch.")
     write_json(partial / "config.json", config)
     for path in source.folder.iterdir():
-        if path.suffix in (".json", ".jinja", ".txt", ".model") and path.name not in _NOT_COPIED:
+        kept = path.name not in _NOT_COPIED and not path.name.endswith(".index.json")
+        if path.suffix in (".json", ".jinja", ".txt", ".model") and kept:
             shutil.copy2(path, partial / path.name)
+    rename_weights(partial)
     commit_folder(partial, target)
     total = sum(path.stat().st_size for path in target.glob("*.safetensors"))
     return {"bytes": total, "bits_per_ternary_weight": 8.0 * ternary_bytes / max(weights, 1)}

@@ -11,7 +11,7 @@ from limbeck.config.recipe import ExportConfig
 from limbeck.console import say
 from limbeck.errors import ConfigError, LimbeckError
 from limbeck.export.source import ExportSource, model_folder, ternary_settings
-from limbeck.storage import folder_lock, leftovers_of, plain_disk_errors
+from limbeck.storage import atomic_write_text, folder_lock, leftovers_of, plain_disk_errors
 
 
 def export_student(section: ExportConfig, run: Path, name: str, *, verify: bool = False) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def export_student(section: ExportConfig, run: Path, name: str, *, verify: bool 
     Args:
         section: format, types and where the file goes.
         run: a run's folder, a student's or a model's.
-        name: of a GGUF file whose name is not given.
+        name: what a GGUF file says it is, and is called where no name is given.
         verify: compare what was written with the student.
 
     Raises:
@@ -32,7 +32,45 @@ def export_student(section: ExportConfig, run: Path, name: str, *, verify: bool 
     result = {"model": str(folder), "checkpoint_mb": before / 1e6}
     if section.format == "packed":
         return {**result, **_packed(section, run, folder, verify)}
-    return {**result, **_gguf(section, run, folder, f"{name}.gguf", verify)}
+    if section.format == "hf":
+        return {**result, **_plain(section, run, folder)}
+    return {**result, **_gguf(section, run, folder, name, verify)}
+
+
+def next_steps(format: str, output: str, name: str) -> list[str]:  # noqa: A002 (the key's name)
+    """What to type to use an exported model, line by line."""
+    own = f"limbeck generate {output} --prompt 'Once upon a time'"
+    if format == "gguf":
+        tag = name.lower()
+        return [
+            f"llama-cli -m {output} -p 'Once upon a time' -n 64",
+            f"llama-server -m {output} --port 8080",
+            f"ollama create {tag} -f {Path(output).with_name('Modelfile')} && ollama run {tag}",
+            f"limbeck inspect {output}",
+        ]
+    loads = f"AutoModelForCausalLM.from_pretrained('{output}')"
+    if format == "packed":
+        return [own, f'python -c "import limbeck; from transformers import AutoModelForCausalLM; {loads}"']
+    return [own, f"vllm serve {output}", f'python -c "from transformers import AutoModelForCausalLM; {loads}"']
+
+
+def _plain(section: ExportConfig, run: Path, folder: Path) -> dict[str, Any]:
+    from limbeck.export.plain import DTYPES, difference, export_plain
+    from limbeck.export.verify import held_out_rows
+
+    if section.rest not in DTYPES:
+        raise ConfigError(f"--rest is {section.rest} and --format hf writes {', '.join(DTYPES)}; choose one of them.")
+    source = ExportSource.open(folder)
+    target = section.output or _default_output(run, folder, "hf")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _own(target):
+        size = export_plain(source, target, section.rest)
+    say(f"plain checkpoint in {target}")
+    rows = held_out_rows(run, section.verify_tokens)
+    if rows is None:
+        say(f"no held-out rows beside {run} (a data/ folder), so the difference from the student is not measured")
+    measured = {} if rows is None else difference(source, target, rows)
+    return {"output": str(target), "hf_mb": size / 1e6, **measured}
 
 
 def _default_output(run: Path, folder: Path, name: str) -> Path:
@@ -84,12 +122,13 @@ def _gguf(section: ExportConfig, run: Path, folder: Path, name: str, verify: boo
     from limbeck.export.gguf import GGUFExport
     from limbeck.export.verify import compare_with_llama_cpp, held_out_rows, weights_equal
 
-    export = GGUFExport(folder, section.type, section.embedding)
-    target = section.output or _default_output(run, folder, name)
+    export = GGUFExport(folder, section.type, section.embedding, name)
+    target = section.output or _default_output(run, folder, f"{name}.gguf")
     if target.suffix != ".gguf":
-        target = target / name
+        target = target / f"{name}.gguf"
     with _own(target):
         found = export.write(target)
+        atomic_write_text(target.with_name("Modelfile"), f"FROM ./{target.name}\n")
     say(f"GGUF in {target}")
     result: dict[str, Any] = {"output": str(target), "type": found["type"], "gguf_mb": found["bytes"] / 1e6}
     if not verify:

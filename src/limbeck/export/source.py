@@ -15,7 +15,7 @@ from limbeck.errors import LimbeckError
 from limbeck.models import load_causal_lm
 from limbeck.registration import METHOD
 from limbeck.storage import read_json
-from limbeck.students.ternary import TernaryTensor, quantise
+from limbeck.students.ternary import TernaryTensor, as_matrix, quantise
 
 
 def model_folder(path: Path) -> Path:
@@ -77,6 +77,16 @@ class ExportSource:
         yield from self.model.state_dict().items()
 
     def quantised(self, name: str, weight: torch.Tensor) -> TernaryTensor:
-        """Codes and scales of a ternary weight: those of its training, never re-derived from s·code."""
+        """Codes and scales of a ternary weight `[..., R, C]`: those of its training, never re-derived from s·code."""
         state = self.model.ternary_state
-        return quantise(weight, state.group_size, state.scale)
+        return quantise(as_matrix(self._owner(name), weight), state.group_size, state.scale)
+
+    def plain(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor as it is in use, in the shape in which the model stores it: s·code of a ternary weight."""
+        if name not in self.ternary:
+            return tensor
+        return as_matrix(self._owner(name), self.quantised(name, tensor).dequantise())
+
+    def _owner(self, name: str) -> torch.nn.Module:
+        module: torch.nn.Module = self.model.get_submodule(name.rpartition(".")[0])
+        return module

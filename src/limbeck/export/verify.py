@@ -30,7 +30,7 @@ def weights_equal(export: GGUFExport, path: Path) -> list[str]:
     teach_gguf_q2()
     in_file = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     tensors = DiskTensors(export.folder)
-    planned = export.plan(tensors, export.choose(tensors))
+    planned = export.layout.plan(tensors, export.layout.choose(tensors))
     wrong = [name for name in in_file if name not in {entry.target.name for entry in planned}]
     for entry in planned:
         found = in_file.get(entry.target.name)

@@ -1,14 +1,17 @@
-"""A Hugging Face byte-level BPE as GGUF metadata: tokens, types, merges, special ids, chat template.
+"""A Hugging Face tokenizer as GGUF metadata: tokens, types, merges or scores, special ids, chat template.
 
-The one idea: llama.cpp knows splitting rules by name; a tokenizer whose rule is not one of those named here is
-refused, because its text would be cut elsewhere and every id after that be wrong.
+The one idea: llama.cpp knows byte-level BPE by the name of its splitting rule, and SentencePiece's by scores; a
+tokenizer that is neither exactly is refused, because its text would be cut elsewhere and every id after that be wrong.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from limbeck.data.tokenizer import load_tokenizer
 from limbeck.errors import LimbeckError
+from limbeck.export.sentencepiece import adds_space, is_byte, is_sentencepiece, scores
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -31,7 +34,8 @@ def splitting_rule(tokenizer: dict[str, Any]) -> str:
     names = [part.get("type") for part in parts]
     if kind != "BPE" or "ByteLevel" not in names:
         raise LimbeckError(
-            f"the tokenizer is {kind} with {names or 'no'} pre-tokenizer; GGUF export knows byte-level BPE alone."
+            f"the tokenizer is {kind} with {names or 'no'} pre-tokenizer; GGUF export knows byte-level BPE, and "
+            "SentencePiece's BPE with byte fallback."
         )
     byte_level = parts[names.index("ByteLevel")]
     if byte_level.get("add_prefix_space"):
@@ -49,6 +53,19 @@ def splitting_rule(tokenizer: dict[str, Any]) -> str:
     )
 
 
+def check_vocabulary(tokenizer: Mapping[str, Any]) -> None:
+    """Refuse a tokenizer.json that llama.cpp would not follow.
+
+    Raises:
+        LimbeckError: says what of it llama.cpp does not know.
+    """
+    if is_sentencepiece(tokenizer):
+        adds_space(tokenizer)
+        scores(tokenizer, _added(tokenizer))
+    else:
+        splitting_rule(dict(tokenizer))
+
+
 def add_vocabulary(writer: Any, folder: Path, vocab_size: int) -> None:
     """Write a model folder's tokenizer into a `gguf.GGUFWriter`.
 
@@ -56,35 +73,59 @@ def add_vocabulary(writer: Any, folder: Path, vocab_size: int) -> None:
         LimbeckError: there is no tokenizer.json, or llama.cpp would tokenise differently.
     """
     import gguf
-    from transformers import AutoTokenizer
 
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise LimbeckError(f"{folder} has no tokenizer.json; save the tokenizer beside the model first.")
     data = json.loads(path.read_text(encoding="utf-8"))
-    rule = splitting_rule(data)
-    added = {entry["id"]: entry for entry in data.get("added_tokens", [])}
-    by_id = {number: token for token, number in data["model"]["vocab"].items()}
-    tokens, types = [], []
-    for number in range(vocab_size):
-        if number in added:
-            tokens.append(added[number]["content"])
-            types.append(gguf.TokenType.CONTROL if added[number]["special"] else gguf.TokenType.USER_DEFINED)
-        elif number in by_id:
-            tokens.append(by_id[number])
-            types.append(gguf.TokenType.NORMAL)
-        else:  # an embedding padded to a round size
-            tokens.append(f"[PAD{number}]")
-            types.append(gguf.TokenType.UNUSED)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(rule)
+    by_score = is_sentencepiece(data)
+    tokens, types = _tokens(data, vocab_size, by_score)
+    if by_score:
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_add_space_prefix(adds_space(data))
+        known = scores(data, _added(data))
+        least = -float(len(known))  # of single characters, which nothing makes
+        writer.add_token_scores([known.get(token, least) for token in tokens])
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(splitting_rule(data))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=vocab_size)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    special = gguf.SpecialVocab(folder, load_merges=not by_score, n_vocab=vocab_size)
+    tokenizer = load_tokenizer(str(folder)).hf
     plain = tokenizer("a")["input_ids"]
     special.add_special_token = {
         "bos": bool(plain) and plain[0] == tokenizer.bos_token_id,
         "eos": len(plain) > 1 and plain[-1] == tokenizer.eos_token_id,
     }
     special.add_to_gguf(writer, quiet=True)
+
+
+def _added(tokenizer: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Tokens that are found before anything is merged."""
+    return {entry["content"]: entry for entry in tokenizer.get("added_tokens", [])}
+
+
+def _tokens(tokenizer: Mapping[str, Any], vocab_size: int, by_score: bool) -> tuple[list[str], list[int]]:
+    """The token of each id, and GGUF's type of it."""
+    import gguf
+
+    added = {entry["id"]: entry for entry in tokenizer.get("added_tokens", [])}
+    by_id = {number: token for token, number in tokenizer["model"]["vocab"].items()}
+    kinds = gguf.TokenType
+    tokens: list[str] = []
+    types: list[int] = []
+    for number in range(vocab_size):
+        token = added[number]["content"] if number in added else by_id.get(number)
+        if token is None:  # an embedding padded to a round size
+            token, kind = f"[PAD{number}]", kinds.UNUSED
+        elif number in added:
+            kind = kinds.CONTROL if added[number]["special"] else kinds.USER_DEFINED
+            if by_score and token == tokenizer["model"].get("unk_token"):
+                kind = kinds.UNKNOWN
+        else:
+            kind = kinds.BYTE if by_score and is_byte(token) else kinds.NORMAL
+        tokens.append(token)
+        types.append(kind)
+    return tokens, types

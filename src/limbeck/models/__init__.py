@@ -25,8 +25,10 @@ if TYPE_CHECKING:
         choose_dtype,
         load_causal_lm,
         load_frozen,
+        model_config,
         model_identity,
         require_context,
+        require_reachable,
         require_whole,
         resolve_model,
     )
@@ -48,7 +50,7 @@ _HOMES = {
     ),
     **dict.fromkeys(
         ("SHIPPED", "bfloat16_is_fast", "choose_device", "choose_dtype", "load_causal_lm", "load_frozen",
-         "model_identity", "require_context", "require_whole", "resolve_model"),
+         "model_config", "model_identity", "require_context", "require_reachable", "require_whole", "resolve_model"),
         "limbeck.models.loading",
     ),
     **dict.fromkeys(
@@ -73,11 +75,13 @@ __all__ = [
     "last_hidden_states",
     "load_causal_lm",
     "load_frozen",
+    "model_config",
     "model_identity",
     "refuse_mixed_documents",
     "require_causal",
     "require_context",
     "require_packing",
+    "require_reachable",
     "require_whole",
     "resolve_model",
     "verified_transform",

@@ -12,6 +12,7 @@ from typing import Any
 
 from limbeck.config import ModelSource
 from limbeck.errors import ConfigError, LimbeckError
+from limbeck.hub import HubError, commit_of
 from limbeck.storage import fingerprint, sha256_file_cached
 
 #: Models shipped in the package, by name.
@@ -34,19 +35,46 @@ def model_identity(name: str, revision: str | None = None) -> dict[str, str]:
         if not any(path.suffix == ".safetensors" for path in files):
             raise LimbeckError(f"{folder} holds no .safetensors weights. Convert the checkpoint to safetensors first.")
         return {"weights": fingerprint([[p.name, sha256_file_cached(p)] for p in files])}
-    from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
+    local = _cached_commit(name, revision)
     try:
-        return {"weights": str(HfApi().model_info(name, revision=revision).sha)}
-    except HFValidationError:
-        problem = "it is no hub id either"
-    except (HfHubHTTPError, OSError) as error:
-        problem = f"the hub cannot be reached ({type(error).__name__}) and holds no local copy"
-        local = try_to_load_from_cache(name, "config.json", revision=revision)
-        if isinstance(local, str):  # …/snapshots/COMMIT/config.json
-            return {"weights": Path(local).parent.name}
-    raise LimbeckError(f"model {name!r} is no folder here, and {problem}. Check the name and the network.")
+        return {"weights": commit_of("model", name, revision)}
+    except HubError as error:
+        if local is not None:
+            return {"weights": local}
+        raise _not_found("model", name, error) from None
+
+
+def require_reachable(name: str, what: str, revision: str | None = None) -> None:
+    """Refuse at once a name that is no folder here, was never downloaded, and that the hub does not give.
+
+    Raises:
+        LimbeckError: says what is wrong with the name or the network.
+    """
+    if Path(resolve_model(name)).exists() or _cached_commit(name, revision) is not None:
+        return
+    try:
+        commit_of("model", name, revision)
+    except HubError as error:
+        raise _not_found(what, name, error) from None
+
+
+def _cached_commit(name: str, revision: str | None) -> str | None:
+    """The commit of a model that was downloaded before."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    for file in ("config.json", "tokenizer.json"):
+        try:
+            found = try_to_load_from_cache(name, file, revision=revision)
+        except HFValidationError:
+            return None
+        if isinstance(found, str):  # …/snapshots/COMMIT/config.json
+            return Path(found).parent.name
+    return None
+
+
+def _not_found(what: str, name: str, error: HubError) -> LimbeckError:
+    return LimbeckError(f"{what} {name!r} is no folder here, and {error}. Check the name and the network.")
 
 
 def load_causal_lm(
@@ -66,6 +94,7 @@ def load_causal_lm(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    require_reachable(name, "model", revision)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             resolve_model(name),
@@ -84,20 +113,35 @@ def load_causal_lm(
     return model
 
 
+def model_config(source: ModelSource, role: str) -> Any:
+    """A model's transformers config.
+
+    Raises:
+        LimbeckError: there is none, or of an architecture that transformers does not know.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    name, revision, remote_code = source
+    require_reachable(name, "model", revision)
+    path = resolve_model(name)
+    try:
+        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=remote_code)
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+            raise LimbeckError(f"{role} {path} has no config.json. Name a model's folder, or a hub id.") from None
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise LimbeckError(f"the config of {role} {name!r} cannot be read: {said[0][:300]}") from None
+
+
 def require_context(source: ModelSource, length: int, role: str) -> None:
     """Refuse rows that are longer than a model's context, from its config alone.
 
     Raises:
         ConfigError: names both lengths.
+        LimbeckError: as `model_config`.
     """
-    from transformers import AutoConfig
-
-    name, revision, remote_code = source
-    try:
-        config = AutoConfig.from_pretrained(resolve_model(name), revision=revision, trust_remote_code=remote_code)
-    except (OSError, ValueError, KeyError):
-        return  # whoever loads it says what is wrong
-    text = config.get_text_config()
+    name, text = source.name, model_config(source, role).get_text_config()
     most = getattr(text, "max_position_embeddings", None)
     if isinstance(most, int) and 0 < most < length:
         raise ConfigError(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from limbeck.config import Recipe
 from limbeck.data.tokenizer import recipe_tokenizer
+from limbeck.errors import ConfigError
 from limbeck.folders import StageFolder
 
 if TYPE_CHECKING:
@@ -74,6 +75,26 @@ class Stage(ABC):
     def check(self) -> None:  # noqa: B027 (most have nothing to check)
         """Refuse at once what would be refused after hours of the stages before it."""
 
+    def needs(self) -> str:
+        """What it takes in and what it will take, for `--dry-run`."""
+        return ""
+
+    def replaces(self, folder: StageFolder) -> str:
+        """Why what was made before no longer holds, for whoever sees it made again.
+
+        Raises:
+            LimbeckError: it may not be replaced.
+        """
+        return f"changed since {self.path} was made: {folder.differences()}"
+
+    def kept_where(self, folder: StageFolder) -> str:
+        """Where the earlier result goes, once another one begins."""
+        return "" if folder.backup is None else f". The earlier one is kept in {folder.place_in_backup()}"
+
+    def hint(self) -> str | None:
+        """A way to spare the work that begins, if there is one."""
+        return None
+
     def made(self, later: "Sequence[Stage]") -> None:  # noqa: B027
         """Look at the result before the stages that follow begin."""
 
@@ -87,6 +108,16 @@ class Stage(ABC):
 
 
 def check_source(recipe: Recipe, source: "TeacherSource") -> None:
-    """Find out whether a recipe's teacher can be had, unless its tokenizer is still to be made."""
-    if recipe.tokenizer.train_vocab_size is None:
+    """Find out whether a recipe's teacher can be had.
+
+    Raises:
+        ConfigError: the run trains a tokenizer of its own, which a local teacher cannot have.
+    """
+    own = recipe.tokenizer.train_vocab_size
+    if own is None:
         source.check(recipe_tokenizer(recipe))
+    elif recipe.teacher.model is not None and not recipe.teacher.is_remote:
+        raise ConfigError(
+            f"tokenizer.train_vocab_size is {own} and the teacher {recipe.teacher.model} has a tokenizer already, "
+            "whose ids its targets are. Leave train_vocab_size out, or train without a teacher (--pretrain-ce-only)."
+        )

@@ -11,7 +11,7 @@ from limbeck.registry import STAGES
 from limbeck.stages.base import Stage
 from limbeck.storage import read_json, write_json
 
-_SIZES = ("checkpoint_mb", "packed_mb", "gguf_mb", "type", "weights_equal")
+_SIZES = ("checkpoint_mb", "packed_mb", "hf_mb", "gguf_mb", "type", "weights_equal")
 
 
 @STAGES.register("export")
@@ -33,6 +33,24 @@ class ExportStage(Stage):
             "settings": section.model_dump(mode="json", exclude={"input", "output", "verify_tokens"}),
         }
 
+    def check(self) -> None:
+        """Each format can hold the student."""
+        self._formats()
+
+    def needs(self) -> str:
+        """The formats."""
+        return ", ".join(self._formats())
+
+    def _formats(self) -> list[str]:
+        from limbeck.export.check import check_export
+        from limbeck.training.check import planned_student
+
+        recipe = self.recipe
+        student, tokenizer = planned_student(recipe)
+        if student is None:
+            return list(recipe.pipeline.export)
+        return check_export(recipe.export, recipe.pipeline.export, student, tokenizer)
+
     def make(self, folder: StageFolder, *, force: bool) -> None:
         """Write each format and check it."""
         from limbeck.export.run import export_student
@@ -40,7 +58,7 @@ class ExportStage(Stage):
         folder.begin(replace=force)
         recipe, sizes = self.recipe, dict[str, Any]()
         for kind in recipe.pipeline.export:
-            output = folder.path / ("packed" if kind == "packed" else f"{recipe.name}.gguf")
+            output = folder.path / (f"{recipe.name}.gguf" if kind == "gguf" else kind)
             section = recipe.export.model_copy(update={"output": output, "format": kind})
             sizes.update(export_student(section, recipe.student_dir, recipe.name, verify=True))
         write_json(folder.path / "sizes.json", {key: sizes[key] for key in _SIZES if key in sizes})
@@ -53,6 +71,11 @@ class ExportStage(Stage):
     def text(self, found: dict[str, Any]) -> str:
         """One line, from the checkpoint to the smallest."""
         sizes = found["sizes"]
-        names = {"checkpoint_mb": "checkpoint", "packed_mb": "packed", "gguf_mb": f"GGUF ({sizes.get('type')})"}
+        names = {
+            "checkpoint_mb": "checkpoint",
+            "packed_mb": "packed",
+            "hf_mb": "hf",
+            "gguf_mb": f"GGUF ({sizes.get('type')})",
+        }
         steps = [f"{label} {sizes[key]:.2f} MB" for key, label in names.items() if key in sizes]
         return "student: " + " → ".join(steps)

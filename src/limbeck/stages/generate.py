@@ -1,4 +1,4 @@
-"""A sample of what the student writes."""
+"""What the trained students, and their teacher, make of one prompt."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,24 +6,46 @@ from typing import Any
 from limbeck.config import Recipe
 from limbeck.folders import StageFolder
 from limbeck.manifests import SampleManifest, StudentManifest
+from limbeck.models import model_identity
 from limbeck.registry import STAGES
 from limbeck.stages.base import Stage
-from limbeck.storage import atomic_write_text
+from limbeck.stages.train import TrainStage
+from limbeck.storage import atomic_write_text, read_json, write_json
+
+_SAMPLES = "samples.json"
 
 
 @STAGES.register("generate")
 class GenerateStage(Stage):
-    """A student to a text."""
+    """Students to texts, and the teacher's beside them.
+
+    Args:
+        students: what was trained.
+    """
+
+    def __init__(self, recipe: Recipe, students: Sequence[TrainStage]) -> None:
+        super().__init__(recipe, "generate", recipe.root / "sample", after=[student.name for student in students])
+        self.students = {student.label: student.path for student in students}
 
     @classmethod
     def of(cls, recipe: Recipe, before: Sequence[Stage]) -> list[Stage]:
         """One, with `pipeline.generate`."""
-        return [cls(recipe, "generate", recipe.root / "sample", after=["train"])] if recipe.pipeline.generate else []
+        if not recipe.pipeline.generate:
+            return []
+        return [cls(recipe, [stage for stage in before if isinstance(stage, TrainStage)])]
+
+    @property
+    def _teacher(self) -> str | None:
+        """The teacher's model, where it is in this process."""
+        teacher = self.recipe.teacher
+        return None if teacher.is_remote or not self.recipe.distils else teacher.model
 
     def inputs(self) -> dict[str, Any]:
-        """The student and how it samples."""
+        """The models and how they are sampled."""
+        revision = self.recipe.teacher.revision
         return {
-            "student": StudentManifest.read(self.recipe.student_dir).weights,
+            "students": {name: StudentManifest.read(path).weights for name, path in self.students.items()},
+            "teacher": None if self._teacher is None else model_identity(self._teacher, revision),
             "generation": self.recipe.generation.model_dump(mode="json"),
         }
 
@@ -33,14 +55,23 @@ class GenerateStage(Stage):
 
         recipe = self.recipe
         folder.begin(replace=force)
-        text = write_sample(recipe.generation, str(recipe.student_dir / "final"), recipe.training.device)
-        atomic_write_text(folder.path / "sample.txt", text)
+        models = {} if self._teacher is None else {"teacher": self._teacher}
+        models |= {name: str(path / "final") for name, path in self.students.items()}
+        device = recipe.training.device
+        samples = {name: write_sample(recipe.generation, model, device) for name, model in models.items()}
+        write_json(folder.path / _SAMPLES, samples)
+        atomic_write_text(folder.path / "sample.txt", samples[next(iter(self.students))])
         SampleManifest(fingerprint=folder.fingerprint).write(folder.path)
 
     def read(self) -> dict[str, Any]:
-        """`sample`: the text."""
-        return {"sample": (self.path / "sample.txt").read_text(encoding="utf-8")}
+        """`samples`: the texts by model; `sample`: the student's own."""
+        held = read_json(self.path / _SAMPLES)
+        samples = {name: held[name] for name in ("teacher", *self.students) if name in held}
+        return {"samples": samples, "sample": samples[next(iter(self.students))]}
 
     def text(self, found: dict[str, Any]) -> str:
-        """The text itself."""
-        return f"sample:\n{found['sample']}"
+        """The texts side by side."""
+        from limbeck.console import columns
+
+        titles = {name.replace("_", " "): text for name, text in found["samples"].items()}
+        return f"one prompt, continued:\n{columns(titles)}"

@@ -36,6 +36,15 @@ class PackStage(Stage):
         """The text, the tokenizer and the shape of the rows."""
         return pack_inputs(self.recipe.dataset, open_source(self.recipe.dataset), recipe_tokenizer(self.recipe))
 
+    def needs(self) -> str:
+        """The text and the shape of the rows."""
+        section = self.recipe.dataset
+        return f"{section.name} to rows of {section.max_length} tokens of {self._whose()}"
+
+    def _whose(self) -> str:
+        trained = self.recipe.tokenizer.train_vocab_size
+        return f"a tokenizer of {trained} ids" if trained is not None else self.recipe.tokenizer_source.name
+
     def make(self, folder: StageFolder, *, force: bool) -> PackedManifest:
         """Pack."""
         return pack(self.recipe.dataset, recipe_tokenizer(self.recipe), folder, force=force)

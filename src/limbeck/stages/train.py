@@ -9,9 +9,10 @@ from limbeck.config import Recipe
 from limbeck.errors import ConfigError
 from limbeck.folders import StageFolder
 from limbeck.manifests import StudentManifest
-from limbeck.models import choose_device, require_context
+from limbeck.models import choose_device
 from limbeck.registry import STAGES
 from limbeck.stages.base import Stage, check_source
+from limbeck.storage import fingerprint
 
 
 @STAGES.register("train")
@@ -66,18 +67,20 @@ class TrainStage(Stage):
         return train_recipe(self.recipe, folder, force=force)
 
     def check(self) -> None:
-        """There is a student, its trackers are installed, and its teacher's endpoint is there."""
+        """The student can be made and trained as the recipe says, and its teacher can be had."""
         from limbeck.teachers.sources import training_source
+        from limbeck.training.check import check_student
 
         recipe = self.recipe
-        if not (recipe.student.model or recipe.student.config or recipe.student.builder):
-            raise ConfigError(
-                "no student: set student.model to pretrained weights or student.config to an architecture."
-            )
         if recipe.training.fp16 and choose_device(recipe.training.device) == "cpu":
             raise ConfigError("training.fp16 is true and the device is a CPU, which has no float16. Use --bf16 auto.")
-        if recipe.student.source is not None:
-            require_context(recipe.student.source, recipe.dataset.max_length, "student")
+        if not recipe.stages.enabled:
+            check_student(recipe)
+        for phase, own in recipe.stage_recipes() if recipe.stages.enabled else ():
+            try:
+                check_student(own)
+            except ConfigError as error:
+                raise ConfigError(f"stage {phase.stage_name}: {error}") from None
         if recipe.distils and not recipe.teacher.reads_cache:
             check_source(recipe, training_source(recipe))
         for tracker in recipe.training.report_to:
@@ -86,3 +89,37 @@ class TrainStage(Stage):
                     f"training.report_to names {tracker}, which is not installed. Install it "
                     f"(`pip install {tracker}`), or set report_to to []."
                 )
+
+    def replaces(self, folder: StageFolder) -> str:
+        """Which keys differ; and where the run has only become longer, how to extend the earlier one."""
+        changed = super().replaces(folder)
+        recorded, wanted = folder.recorded_inputs(), folder.inputs
+        if folder.backup is None or "training" not in recorded or "training" not in wanted:
+            return changed
+        lengths = ("max_steps", "num_train_epochs")
+        rest = [
+            {**inputs, "training": {key: value for key, value in inputs["training"].items() if key not in lengths}}
+            for inputs in (recorded, wanted)
+        ]
+        if fingerprint(rest[0]) != fingerprint(rest[1]):
+            return changed
+        flags = " ".join(f"--{key.replace('_', '-')} {wanted['training'][key]}" for key in lengths
+                         if recorded["training"][key] != wanted["training"][key])  # fmt: skip
+        return (
+            f"{changed}. It is trained from the beginning; to extend the earlier one instead, stop here and give "
+            f"`{flags} --resume-from {folder.place_in_backup()}`"
+        )
+
+    def needs(self) -> str:
+        """The student's size, and how much is trained."""
+        from limbeck.training.check import describe_student
+
+        recipe, length = self.recipe, self.recipe.training
+        steps = f"{length.max_steps} steps" if length.max_steps > 0 else f"{length.num_train_epochs:g} epochs"
+        if recipe.stages.enabled:
+            steps = "stages " + ", ".join(stage.stage_name for stage in recipe.stages.configs)
+        teacher = ""
+        if recipe.distils:
+            where = recipe.teacher.remote.endpoint[:1] or [recipe.teacher.model or "a cache"]
+            teacher = f", teacher {where[0]}" + (" (cached)" if recipe.teacher.reads_cache else "")
+        return f"{describe_student(recipe)}; {steps}{teacher}"

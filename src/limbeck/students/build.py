@@ -15,10 +15,13 @@ from limbeck.registry import STUDENTS
 from limbeck.students.ternary import TernaryState, apply_ternary
 
 
-def build_student(config: StudentConfig, vocab_size: int, seed: int, special_ids: dict[str, int]) -> Any:
+def build_student(config: StudentConfig, keys: dict[str, int], seed: int) -> Any:
     """The student in float32: pretrained weights, or a new model of `student.config`.
 
-    A new model takes the tokenizer's size when `vocab_size` is not given and its special ids.
+    Args:
+        config: the recipe's `student`.
+        keys: the tokenizer's (`LoadedTokenizer.model_keys`), which a new model takes where its config says nothing.
+        seed: of new weights.
 
     Raises:
         ConfigError: neither weights nor an architecture are named, or the vocabulary is smaller than the tokenizer's.
@@ -26,16 +29,23 @@ def build_student(config: StudentConfig, vocab_size: int, seed: int, special_ids
     from transformers import set_seed
 
     set_seed(seed)
-    build = STUDENTS.get(config.builder or "transformers")
-    student = build(config, {"vocab_size": vocab_size, **special_ids})
-    if student.config.vocab_size < vocab_size:
-        raise ConfigError(
-            f"the student's vocab_size is {student.config.vocab_size} and the tokenizer has {vocab_size} ids. "
-            "Raise student.config.vocab_size to at least that."
-        )
+    student = STUDENTS.get(config.builder or "transformers")(config, keys)
+    require_vocabulary(config, student, keys["vocab_size"])
     if config.ternary is not None:
         make_ternary(student, config.ternary)
     return student
+
+
+def require_vocabulary(config: StudentConfig, student: Any, wanted: int) -> None:
+    """Refuse a student that has fewer ids than the tokenizer.
+
+    Raises:
+        ConfigError: names both sizes.
+    """
+    held = student.config.get_text_config().vocab_size
+    if held < wanted:
+        cure = "Choose a model of the tokenizer's vocabulary" if config.model else "Raise student.config.vocab_size"
+        raise ConfigError(f"the student's vocab_size is {held} and the tokenizer has {wanted} ids. {cure}.")
 
 
 @STUDENTS.register("transformers")

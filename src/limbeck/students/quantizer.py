@@ -10,10 +10,11 @@ Shapes: R rows, C columns, G group, E experts.
 """
 
 import re
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -23,10 +24,12 @@ from limbeck.students.ternary import (
     TernaryState,
     TernaryTensor,
     apply_ternary,
+    as_matrix,
     group_width,
     round_activations,
     use_ternary_experts,
 )
+from limbeck.students.weights_file import KEY
 
 Tensor = torch.Tensor
 
@@ -39,6 +42,7 @@ class TernaryQuantizationConfig(QuantizationConfigMixin):
         weights: names of the ternary parameters.
         group_size, scale, activation_bits: as in training.
         float8: with `packed`, names of the other matrices, stored as float8 (E4M3) with a scale a row.
+        weights_file: where the weights lie (see `weights_file.py`); default where transformers looks.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class TernaryQuantizationConfig(QuantizationConfigMixin):
         scale: str = "absmean",
         activation_bits: int | None = 8,
         float8: list[str] | None = None,
+        weights_file: str | None = None,
         **kwargs: Any,
     ) -> None:
         if format not in ("shadow", "packed"):
@@ -56,6 +61,8 @@ class TernaryQuantizationConfig(QuantizationConfigMixin):
         self.quant_method = METHOD
         self.format, self.weights, self.group_size = format, list(weights or []), group_size
         self.scale, self.activation_bits, self.float8 = scale, activation_bits, list(float8 or [])
+        if weights_file is not None:  # a name that is saved again only by who renames the file
+            self.weights_file = weights_file
 
     @property
     def state(self) -> TernaryState:
@@ -67,6 +74,13 @@ class TernaryQuantizer(HfQuantizer):
     """Makes the modules that a ternary checkpoint's tensors go into."""
 
     requires_calibration = False
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """The first hook that sees the model's config: it tells transformers which file to load."""
+        named = getattr(self.quantization_config, KEY, None)
+        if named is not None:
+            config.transformers_weights = named
+        return config
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config: TernaryQuantizationConfig = self.quantization_config
@@ -80,6 +94,8 @@ class TernaryQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         release_float8(model, self.quantization_config.float8)
         self.quantization_config.float8 = []  # they are ordinary parameters now
+        if hasattr(self.quantization_config, KEY):
+            delattr(self.quantization_config, KEY)  # of the file that was read; another may be written
         return model
 
     @property
@@ -133,11 +149,12 @@ class PackedWeight(nn.Module):
 class PackedLinear(nn.Module):
     """A linear layer over packed ternary weights."""
 
-    def __init__(self, linear: nn.Linear, state: TernaryState) -> None:
+    def __init__(self, linear: nn.Module, state: TernaryState) -> None:
         super().__init__()
-        self.packed = PackedWeight(linear.weight.shape, state.group_size)
-        self.bias = linear.bias
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        shape = as_matrix(linear, cast(Tensor, linear.weight)).shape
+        self.packed = PackedWeight(shape, state.group_size)
+        self.bias = cast(nn.Parameter | None, linear.bias)
+        self.out_features, self.in_features = shape
         self._bits = state.activation_bits
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (nn.Linear's name)
@@ -152,7 +169,7 @@ def make_packed(model: Any, config: TernaryQuantizationConfig) -> None:
     for name in config.weights:
         prefix, _, leaf = name.rpartition(".")
         module = model.get_submodule(prefix)
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear | Conv1D):
             owner, _, child = prefix.rpartition(".")
             setattr(model.get_submodule(owner), child, PackedLinear(module, state))
             continue

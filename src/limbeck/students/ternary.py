@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
 
 from limbeck.errors import ConfigError
 
@@ -152,6 +153,22 @@ class TernaryLinear(nn.Linear):
         return nn.functional.linear(x, ternarise(self.weight, self.ternary), self.bias)
 
 
+class TernaryConv1D(Conv1D):
+    """GPT-2's linear layer, which stores its weight `[C, R]`: in use it is that of `TernaryLinear`, transposed."""
+
+    ternary: TernaryState
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., C]` to `[..., R]`."""
+        rounded = round_activations(x, self.ternary.activation_bits)
+        return nn.functional.linear(rounded, ternarise(self.weight.mT, self.ternary), self.bias)
+
+
+def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
+    """A module's weight as `[..., R, C]`, and back: GPT-2's layers store the transpose."""
+    return weight.mT if isinstance(module, Conv1D) else weight
+
+
 class _ExpertsView:
     """Experts as seen by their matrix products: quantised weights, the module for everything else."""
 
@@ -196,7 +213,7 @@ def apply_ternary(model: Any, names: list[str], state: TernaryState) -> None:
 
     Args:
         model: a causal LM of transformers; parameters and their names do not change.
-        names: full parameter names: weights of `nn.Linear`, or fused 3-D experts.
+        names: full parameter names: weights of `nn.Linear`, of GPT-2's `Conv1D`, or fused 3-D experts.
         state: shared by all of them, kept as `model.ternary_state`.
 
     Raises:
@@ -208,15 +225,17 @@ def apply_ternary(model: Any, names: list[str], state: TernaryState) -> None:
         parameter = getattr(module, leaf)
         if type(module) in (nn.Linear, TernaryLinear) and leaf == "weight":
             module.__class__ = TernaryLinear
+        elif type(module) in (Conv1D, TernaryConv1D) and leaf == "weight":
+            module.__class__ = TernaryConv1D
         elif parameter.ndim == 3 and hasattr(module, "is_transposed") and not module.is_transposed:
             known = getattr(module, "ternary_weights", ())
             module.ternary_weights = tuple(sorted({*known, leaf}))
         else:
             raise ConfigError(
                 f"student.ternary: {name} of {type(module).__name__} can not be made ternary; only the weights of "
-                "nn.Linear and of fused experts stored [experts, out, in] can. Exclude it."
+                "nn.Linear, Conv1D and of fused experts stored [experts, out, in] can. Exclude it."
             )
-        group_width(parameter.shape[-1], state.group_size)
+        group_width(as_matrix(module, parameter).shape[-1], state.group_size)
         module.ternary = state
     if any(hasattr(module, "ternary_weights") for module in model.modules()):
         use_ternary_experts(model)
@@ -230,9 +249,9 @@ def use_ternary_experts(model: Any) -> None:
     model.set_experts_implementation(EXPERTS)
 
 
-def ternary_weights(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
-    """The weights that are ternary in use, with their names."""
+def ternary_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """The weights that are ternary in use, as `[..., R, C]`, with their names."""
     for prefix, module in model.named_modules():
-        leaves = ("weight",) if isinstance(module, TernaryLinear) else getattr(module, "ternary_weights", ())
-        for leaf in leaves:
-            yield f"{prefix}.{leaf}", getattr(module, leaf)
+        linear = isinstance(module, TernaryLinear | TernaryConv1D)
+        for leaf in ("weight",) if linear else getattr(module, "ternary_weights", ()):
+            yield f"{prefix}.{leaf}", as_matrix(module, getattr(module, leaf))

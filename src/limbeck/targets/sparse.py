@@ -181,6 +181,27 @@ class SparseTargets:
         }
         return self._replace(**changed, log_z=torch.stack(log_z, dim=-1), vocab_size=vocab_size)
 
+    def narrowed(self, top_k: int | None = None, temperatures: Sequence[float] | None = None) -> "SparseTargets":
+        """The same distributions on fewer ids (the likeliest), at fewer temperatures; exact, as is what remains.
+
+        Raises:
+            ConfigError: the support was drawn, so that none of it can be left out, or a temperature is not declared.
+        """
+        found = self
+        if temperatures is not None and tuple(temperatures) != self.temperatures:
+            absent = [value for value in temperatures if value not in self.temperatures]
+            if absent:
+                raise ConfigError(f"temperature {absent[0]} is not declared; there are {list(self.temperatures)}.")
+            columns = [self.temperatures.index(value) for value in temperatures]
+            found = found._replace(log_z=found.log_z[..., columns], temperatures=tuple(temperatures))
+        if top_k is not None and top_k < self.top_k:
+            if self.weights is not None:
+                raise ConfigError("these targets were drawn; their ids cannot be reduced to the likeliest.")
+            order = found.logprobs.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
+            kept = {name: getattr(found, name).gather(-1, order) for name in ("token_ids", "logprobs")}
+            found = found._replace(**kept)
+        return found
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors by name: what a data loader carries from worker to trainer."""
         named = {"token_ids": self.token_ids, "logprobs": self.logprobs, "log_z": self.log_z}

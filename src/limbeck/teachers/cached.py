@@ -55,6 +55,7 @@ class TeacherCache(Teacher):
         self.identity = {"cache": self.manifest.fingerprint}
         self._made_for = self.manifest.splits[split].packed
         self._numbers: np.ndarray | None = None
+        self._top_k: int | None = None
         self._shards = self.manifest.splits[split].shards
         self._starts = np.cumsum([0] + [shard.rows for shard in self._shards])
         self.length = self.manifest.max_length
@@ -106,6 +107,28 @@ class TeacherCache(Teacher):
         view._numbers, view._made_for = np.array([held[place] for place in wanted]), rows.fingerprint
         return view
 
+    def narrowed(self, top_k: int | None, temperatures: tuple[float, ...] | None) -> "TeacherCache":
+        """This cache with fewer ids and temperatures; None for those it has.
+
+        Raises:
+            MismatchError: it does not have so many.
+        """
+        if top_k is not None and top_k > self.spec.top_k:
+            raise MismatchError(
+                f"{self.folder} keeps {self.spec.top_k} ids a position and teacher.top_k is {top_k}. Set --top-k "
+                f"{self.spec.top_k}, or make the cache again into another folder."
+            )
+        absent = [value for value in temperatures or () if value not in self.temperatures]
+        if absent:
+            raise MismatchError(
+                f"{self.folder} has normalisers at temperatures {list(self.temperatures)} and this run wants "
+                f"{absent[0]}. Use one of these, or make the cache again into another folder."
+            )
+        view = copy.copy(self)
+        view._top_k = top_k if top_k is not None and top_k < self.spec.top_k else None
+        view.temperatures = temperatures or self.temperatures
+        return view
+
     def template(self) -> SparseTargets:
         """Empty targets with this cache's temperatures, vocabulary and sampling."""
         return SparseTargets.empty(self.temperatures, self.vocab_size, self.spec.sampling_temperature)
@@ -122,7 +145,8 @@ class TeacherCache(Teacher):
             IndexError: a row the cache does not hold.
             CorruptError: HDF5 cannot read a shard.
         """
-        return concatenate([self._read_row(row) for row in row_ids])
+        found = (self._read_row(row) for row in row_ids)
+        return concatenate([targets.narrowed(self._top_k, self.temperatures) for targets in found])
 
     def _read_row(self, row: int) -> SparseTargets:
         if not 0 <= row < len(self):

@@ -282,7 +282,7 @@ class TeacherClient:
                         "answers other requests, its own log may say why not this one."
                     ) from None
                 pause = max(0.0, self._choose(failed).rests_until - time.monotonic())  # none if another is awake
-                if tried >= 1:
+                if tried >= 1 or pause > 0.0:
                     self._tell(endpoint, str(error), tried, pause)
                 elif endpoint.in_a_row == 3 and len(self.endpoints) > 1:
                     warn(f"teacher endpoint {endpoint.url} fails ({error}); the others go on")

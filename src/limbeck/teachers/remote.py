@@ -24,6 +24,7 @@ from limbeck.console import printable, say
 from limbeck.data.dataset import PackedRows
 from limbeck.data.tokenizer import LoadedTokenizer, require_same
 from limbeck.errors import ConfigError, MismatchError
+from limbeck.manifests import TokenizerRecord
 from limbeck.targets.sparse import SparseTargets
 from limbeck.targets.spec import TargetSpec
 from limbeck.teachers.base import Teacher
@@ -218,7 +219,8 @@ def _vocabulary(info: EndpointInfo, given: int | None, tokenizer: LoadedTokenize
         ConfigError: `teacher.vocab_size` is not what the endpoint has, or nobody knows.
     """
     if tokenizer is not None and info.tokenizer is not None:
-        require_same(info.tokenizer, tokenizer.hash, f"teacher {url}", f"tokenizer {tokenizer.name}")
+        served = TokenizerRecord(name="of its model", hash=info.tokenizer, vocab_size=0)
+        require_same(served, tokenizer, f"teacher {url}", "the data")
     size = info.vocab_size or given or (tokenizer.vocab_size if tokenizer else None)
     if size is None:
         raise ConfigError(

@@ -89,13 +89,16 @@ class LocalSource(TeacherSource):
         return dict(model_identity(self.model.name, self.model.revision))
 
     def check(self, tokenizer: LoadedTokenizer) -> None:
-        """Its context is as long as the rows."""
+        """Its context is as long as the rows, and its tokenizer is the data's."""
         require_context(self.model, self.max_length, "teacher")
+        self._require_tokenizer(tokenizer)
+
+    def _require_tokenizer(self, tokenizer: LoadedTokenizer) -> None:
+        require_same(load_tokenizer(*self.model), tokenizer, f"teacher {self.model.name}", "the data")
 
     def open(self, tokenizer: LoadedTokenizer, rows: PackedDataset) -> LocalTeacher:
         """Load it; refuses another tokenizer than the data's."""
-        own = load_tokenizer(*self.model)
-        require_same(own.hash, tokenizer.hash, f"teacher {self.model.name}", f"tokenizer {tokenizer.name}")
+        self._require_tokenizer(tokenizer)
         model = load_frozen(self.model, self.settings.dtype, self.settings.device or self.device)
         require_causal(model, "teacher")
         budget = (self.settings.batch_size or 0) * rows.max_length or self.settings.max_batch_tokens
@@ -148,7 +151,7 @@ class RemoteSource(TeacherSource):
         """Asked with little patience."""
         return self.memory.is_available(tokenizer)
 
-    def _connect(self, tokenizer: LoadedTokenizer) -> RemoteTeacher:
+    def _connect(self, tokenizer: LoadedTokenizer, *, remember: bool = True) -> RemoteTeacher:
         settings = self.settings
         found = self.memory.discovery(tokenizer)
         teacher = RemoteTeacher.connect(
@@ -166,7 +169,8 @@ class RemoteSource(TeacherSource):
             **connection(settings),
         )
         try:  # remembered once it is known to be what is wanted
-            teacher.identity = self.memory.confirmed(tokenizer)
+            if remember:
+                teacher.identity = self.memory.confirmed(tokenizer)
         except BaseException:
             teacher.close()
             raise
@@ -178,27 +182,47 @@ class RemoteSource(TeacherSource):
         One that has answered in this run before may be gone: what is finished needs it no more.
         """
         if ranks.rank() == 0 and not self.memory.was_asked():
-            self._connect(tokenizer).close()
+            self._connect(tokenizer, remember=False).close()
 
 
 @dataclass(frozen=True)
 class CacheSource(TeacherSource):
-    """Targets on disk, in `folder`."""
+    """Targets on disk.
+
+    Attributes:
+        folder: where.
+        top_k: ids that are read of each position; None: all that are there.
+        temperatures: the declared ones that are used; None: all that are there.
+    """
 
     folder: Path
+    top_k: int | None = None
+    temperatures: tuple[float, ...] | None = None
 
     @classmethod
     def of(cls, recipe: Recipe) -> "CacheSource":
-        """The recipe's."""
-        return cls(recipe.cache_dir)
+        """The recipe's; of a cache whose teacher is not named, all that it has, unless keys ask for less."""
+        section = recipe.teacher
+        brought = section.model is None and not section.is_remote
+        given = section.model_fields_set
+        top_k = None if section.sampling is not None or (brought and "top_k" not in given) else section.top_k
+        temperatures = None if brought and "temperatures" not in given else recipe.temperatures
+        return cls(recipe.cache_dir, top_k, temperatures)
 
     def inputs(self, tokenizer: LoadedTokenizer) -> dict[str, Any]:
-        """The cache's fingerprint, which says everything."""
-        return {"cache": CacheManifest.read(self.folder).fingerprint}
+        """The cache's fingerprint, which says everything, and what of it is left out."""
+        held = CacheManifest.read(self.folder)
+        found: dict[str, Any] = {"cache": held.fingerprint}
+        if self.top_k is not None and self.top_k != held.codec["top_k"]:
+            found["top_k"] = self.top_k
+        if self.temperatures is not None and list(self.temperatures) != held.codec["temperatures"]:
+            found["temperatures"] = list(self.temperatures)
+        return found
 
     def open(self, tokenizer: LoadedTokenizer, rows: PackedDataset) -> TeacherCache:
         """The targets of the rows' split, checked against them."""
-        return TeacherCache(self.folder, rows.split).for_rows(rows)
+        cache = TeacherCache(self.folder, rows.split).for_rows(rows)
+        return cache.narrowed(self.top_k, self.temperatures)
 
     def holds(self, split: str) -> bool:
         """True when the cache is finished and has that split."""

@@ -29,6 +29,7 @@ class DistillationArguments(TrainingArguments):
         saddle: interventions where training stalls; default off.
         ternary_warmup_steps: steps in which ternary weights go from themselves to their codes.
         dashboard: auto, on or off.
+        step_line: combined, throughput, parts or both; see `limbeck.training.callbacks`.
     """
 
     loss: LossConfig = field(default_factory=LossConfig)
@@ -39,10 +40,13 @@ class DistillationArguments(TrainingArguments):
     saddle: SaddleConfig = field(default_factory=SaddleConfig)
     ternary_warmup_steps: int = field(default=0)
     dashboard: str = field(default="off")
+    step_line: str = field(default="combined")
 
     def __post_init__(self) -> None:
         for name, section in _SECTIONS.items():
             setattr(self, name, section.model_validate(getattr(self, name)))
+        if self.optimizer.name == "auto":  # is for recipes, which say whether the student is new
+            self.optimizer = self.optimizer.model_copy(update={"name": "adamw"})
         self.parameter_lr_multipliers = [LRMultiplier.model_validate(rule) for rule in self.parameter_lr_multipliers]
         # The collator hands over rows and targets; the Trainer must not drop what the model's forward does not name.
         self.remove_unused_columns = False
@@ -110,4 +114,5 @@ def arguments_from_recipe(recipe: Recipe, output_dir: Path) -> DistillationArgum
         saddle=recipe.saddle,
         ternary_warmup_steps=recipe.student.ternary.warmup_steps if recipe.student.ternary else 0,
         dashboard=training.dashboard,
+        step_line=training.step_line,
     )

@@ -1,25 +1,28 @@
-"""What a run says while it trains: one line a log, in the console and in `training.log`.
+"""What a run says while it trains: one line a log.
 
-[  1000/ 100000] loss=2.34 lr=0.020 gnorm=1.2 tok/s=8500 elapsed=2000s
-Step 1000: Total Loss: 2.3456, CE Loss: 2.1234, KL Loss: 0.4567
+combined    [  1000/ 100000] loss=2.3456 ce=2.1234 kl=0.4567 lr=0.020 gnorm=1.2 tok/s=8500 elapsed=2000s
+throughput  [  1000/ 100000] loss=2.34 lr=0.020 gnorm=1.2 tok/s=8500 elapsed=2000s
+parts       Step 1000: Total Loss: 2.3456, CE Loss: 2.1234, KL Loss: 0.4567
 """
 
 import time
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
-from limbeck.console import say, warn
+from limbeck.console import say
 
 
 class LogLines(TrainerCallback):
-    """Writes the log lines of the main process; `quiet` keeps them out of the console (a panel shows them)."""
+    """Says the log lines of the main process.
 
-    def __init__(self, path: Path, *, quiet: bool = False) -> None:
-        self._path, self._quiet = path, quiet
+    Args:
+        form: combined, throughput, parts, or both of the last two.
+    """
+
+    def __init__(self, form: str = "combined") -> None:
+        self._form = form
         self._started = time.perf_counter()
-        self._failed = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock of `elapsed`."""
@@ -30,32 +33,32 @@ class LogLines(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         if "loss" in logs:
-            self._write(self._throughput_line(state, logs))
-            self._write(parts_line(state.global_step, logs))
+            if self._form != "parts":
+                say(self._throughput_line(state, logs), step_line=True)
+            if self._form in ("parts", "both"):
+                say(parts_line(state.global_step, logs), step_line=True)
         elif any(key.startswith("eval_") for key in logs):
-            self._write(f"[{state.global_step:6d}/{state.max_steps:7d}] evaluation: {evaluation_text(logs)}")
+            where = f"[{state.global_step:6d}/{state.max_steps:7d}]"
+            say(f"{where} evaluation: {evaluation_text(logs)}", step_line=True)
 
     def _throughput_line(self, state: Any, logs: dict[str, float]) -> str:
         rate = logs.get("learning_rate", 0.0)
         waited = logs.get("teacher_wait_share", 0.0)
+        loss = f"loss={logs['loss']:.2f}"
+        if self._form == "combined":
+            found = ((key.removesuffix("_loss"), value) for key, value in logs.items() if key.endswith("_loss"))
+            loss = " ".join([f"loss={logs['loss']:.4f}", *(f"{name}={value:.4f}" for name, value in found)])
         return (
-            f"[{state.global_step:6d}/{state.max_steps:7d}] loss={logs['loss']:.2f} "
+            f"[{state.global_step:6d}/{state.max_steps:7d}] {loss} "
             f"lr={f'{rate:.3f}' if rate >= 1e-3 else f'{rate:.1e}'} gnorm={logs.get('grad_norm', 0.0):.1f} "
             f"tok/s={logs['tokens_per_second']:.0f} elapsed={time.perf_counter() - self._started:.0f}s"
             + (f" teacher={waited:.0%}" if waited >= 0.05 else "")
         )
 
-    def _write(self, line: str) -> None:
-        if not self._quiet:
-            say(line)
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as log:
-                log.write(line + "\n")
-        except OSError as error:  # a full disk must not end the training
-            if not self._failed:
-                warn(f"{self._path} cannot be written ({error}); training goes on without it")
-            self._failed = True
+
+def tag(name: str) -> str:
+    """A name as trackers take it: without spaces."""
+    return name.replace(" · ", ".").replace(" ", "_")
 
 
 def parts_line(step: int, logs: dict[str, float]) -> str:

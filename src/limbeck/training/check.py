@@ -1,11 +1,19 @@
-"""Can this teacher teach this run? Asked before anything runs."""
+"""Can this student be trained, and can this teacher teach it? Asked before anything runs."""
 
 from typing import Any
 
-from limbeck.config import LossConfig
+from limbeck.config import LossConfig, Recipe
 from limbeck.data.dataset import PackedDataset
-from limbeck.errors import ConfigError
+from limbeck.data.tokenizer import LoadedTokenizer, load_tokenizer, recipe_tokenizer
+from limbeck.errors import ConfigError, LimbeckError, MismatchError
+from limbeck.models import require_causal, require_packing
+from limbeck.optim.groups import build_groups
+from limbeck.students.build import build_student
+from limbeck.students.outline import outline_of
 from limbeck.teachers.base import Teacher
+from limbeck.training.settle import settled
+
+_SMALL = 50_000_000  # parameters of a new student that is made and asked in a moment
 
 
 def check_teacher(teacher: Teacher, loss: LossConfig, attention: str, train_dataset: Any) -> None:
@@ -31,3 +39,63 @@ def check_teacher(teacher: Teacher, loss: LossConfig, attention: str, train_data
         teacher.check(train_dataset)
     if teacher.attention not in (None, attention):
         raise ConfigError(f"the teacher's attention is {teacher.attention} and the student's {attention}.")
+
+
+def check_student(recipe: Recipe) -> None:
+    """Refuse before any stage has run what the training would refuse after all those before it.
+
+    Raises:
+        ConfigError: the student's architecture, vocabulary, context, ternary weights, documents in rows, or the
+            optimizer's rules cannot be as the recipe says.
+        MismatchError: pretrained weights have another vocabulary than the data.
+    """
+    section = recipe.student
+    student, tokenizer = planned_student(recipe)
+    if tokenizer is not None and section.source is not None:
+        _require_vocabulary(section.source.name, tokenizer)
+    if student is None:
+        return
+    chosen, rules = settled(recipe), recipe.parameter_lr_multipliers
+    build_groups(student, chosen.optimizer, chosen.learning_rate, recipe.training.weight_decay, rules)
+    if section.model is None and tokenizer is not None and _parameters_in(student) <= _SMALL:
+        made = build_student(section.model_copy(update={"ternary": None}), tokenizer.model_keys, recipe.seed)
+        require_causal(made, "student")
+        if recipe.dataset.attention == "per_document":
+            require_packing(made, "student")
+
+
+def planned_student(recipe: Recipe) -> tuple[Any | None, LoadedTokenizer | None]:
+    """The student without weights (`outline_of`), and its tokenizer where that is there already."""
+    tokenizer = None if recipe.tokenizer.train_vocab_size is not None else recipe_tokenizer(recipe)
+    keys = {} if tokenizer is None else tokenizer.model_keys
+    return outline_of(recipe.student, keys, recipe.dataset.max_length), tokenizer
+
+
+def _require_vocabulary(model: str, tokenizer: LoadedTokenizer) -> None:
+    """Pretrained weights know the ids of their own tokenizer; where they come with one, it has the data's ids."""
+    try:
+        own = load_tokenizer(model)
+    except LimbeckError:
+        return  # weights alone
+    one, other = own.hf.get_vocab(), tokenizer.hf.get_vocab()
+    differ = [token for token, number in one.items() if other.get(token, number) != number or token not in other]
+    if len(differ) > max(len(one), len(other)) // 100:  # a few added tokens are no other vocabulary
+        raise MismatchError(
+            f"student.model {model} was trained with ids of its own tokenizer, and the data have those of "
+            f"{tokenizer.name}: {len(differ):,} of {len(one):,} tokens differ (the first: {differ[0]!r}). Choose a "
+            "student of the teacher's vocabulary, or describe a new one in student.config."
+        )
+
+
+def describe_student(recipe: Recipe) -> str:
+    """Its class, its size, and the memory that training takes beside activations."""
+    student, _ = planned_student(recipe)
+    if student is None:
+        return f"student of {recipe.student.builder}"
+    count = _parameters_in(student)
+    # float32 weights, gradients, and one or two moments of the optimizer
+    return f"{type(student).__name__}, {count:,} parameters, about {16 * count / 1e9:.2g} GB beside activations"
+
+
+def _parameters_in(student: Any) -> int:
+    return sum(parameter.numel() for parameter in student.parameters())

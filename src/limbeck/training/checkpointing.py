@@ -19,6 +19,7 @@ from limbeck.errors import LimbeckError
 from limbeck.losses.objective import Objectives
 from limbeck.models import require_whole
 from limbeck.storage import read_json, write_json
+from limbeck.students.weights_file import rename_weights
 from limbeck.training.checkpoints import (
     BEST,
     PROGRESS,
@@ -31,6 +32,7 @@ from limbeck.training.checkpoints import (
     publish_model,
     room_for,
     rotate,
+    what_remains,
 )
 from limbeck.training.guard import DivergedError
 from limbeck.training.own_parameters import load_own, save_own
@@ -135,7 +137,7 @@ class CheckpointingTrainer(Trainer):
             raise DivergedError(
                 f"{problem}: the last update was too large, and nothing is saved over. training.learning_rate is "
                 f"{self.args.learning_rate:g}, warm-up {self.args.warmup_steps} steps; lower the rate or lengthen the "
-                "warm-up and run again: it continues from the newest checkpoint, or starts over with changed keys."
+                f"warm-up, which starts over ({what_remains(self.args.output_dir)})."
             )
 
     def _took(self, seconds: float) -> None:
@@ -203,6 +205,8 @@ class CheckpointingTrainer(Trainer):
         (folder / "training_args.bin").unlink(missing_ok=True)
         if self.args.should_save and self.tokenizer_to_save is not None:
             self.tokenizer_to_save.save_pretrained(folder)
+        if self.args.should_save and hasattr(self.accelerator.unwrap_model(self.model), "ternary_state"):
+            rename_weights(folder)
 
     def _publish_best(self, checkpoint: Path) -> None:
         try:
@@ -226,8 +230,8 @@ class CheckpointingTrainer(Trainer):
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
             raise LimbeckError(
-                f"the trained weights could not be written to {folder.parent} ({problem}). Make room and run the same "
-                "command again: it continues from the newest checkpoint."
+                f"the trained weights could not be written to {folder.parent} ({problem}). Make room; then "
+                f"{what_remains(folder.parent)}."
             )
 
     # -- resuming --------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ LATEST = "latest"
 PROGRESS = "progress.json"
 BEST = "best"
 _NAME = re.compile(r"^step_(\d+)$")
-_MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt")
+_MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".md")
 _NOT_MODEL = {"trainer_state.json", PROGRESS, MANIFEST}
 _FULL = 0.90
 
@@ -91,6 +91,14 @@ def newest(folder: Path) -> Path | None:
             path = named
     verify(path)
     return path
+
+
+def what_remains(folder: Path | str) -> str:
+    """What the same command does next, in a few words: where it goes on, or that it starts over."""
+    found = steps(Path(folder))
+    if not found:
+        return "the same command starts over, as no checkpoint had been saved"
+    return f"the same command goes on from {Path(folder) / f'step_{found[-1]}'}"
 
 
 def verify(folder: Path) -> None:

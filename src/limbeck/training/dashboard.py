@@ -6,6 +6,7 @@ TensorBoard or W&B.
 
 import sys
 import time
+from collections import deque
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -20,6 +21,7 @@ from limbeck.training.callbacks import evaluation_text
 
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 48
+_MESSAGES = 6  # the newest ones are in the panel, all of them in training.log
 
 
 def wants_dashboard(setting: str) -> bool:
@@ -47,12 +49,20 @@ class Dashboard(TrainerCallback):
         self._logs: dict[str, float] = {}
         self._evaluation = ""
         self._began = (0.0, 0)
+        self._messages: deque[tuple[str, str]] = deque(maxlen=_MESSAGES)
+        self._last: tuple[Any, Any] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the panel."""
-        self._began = (time.perf_counter(), state.global_step)
+        self._began, self._last = (time.perf_counter(), state.global_step), (args, state)
         self._live = Live(self._render(args, state), console=self._console, refresh_per_second=4)
         self._live.start()
+
+    def tell(self, message: str) -> None:
+        """Show a message, the newest last; at once."""
+        self._messages.append((time.strftime("%H:%M:%S"), message))
+        if self._last is not None:
+            self._update(*self._last)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Move the bar."""
@@ -79,6 +89,7 @@ class Dashboard(TrainerCallback):
             self._live = None
 
     def _update(self, args: Any, state: Any) -> None:
+        self._last = (args, state)
         if self._live is not None:
             self._live.update(self._render(args, state))
 
@@ -94,7 +105,7 @@ class Dashboard(TrainerCallback):
         )
         body = Table.grid(padding=(0, 2))
         body.add_column(style="dim")
-        for label, text in self._lines():
+        for label, text in [*self._lines(), *self._messages]:
             body.add_row(label, Text(text))
         return Panel(Group(head, body), title=str(args.output_dir), title_align="left")
 

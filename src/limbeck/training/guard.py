@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from limbeck.errors import LimbeckError
+from limbeck.training.checkpoints import what_remains
 
 _LARGE = 1e4  # weights of a trained model are of the order of 1
 
@@ -65,8 +66,7 @@ class StepGuard:
         named = f"Packed rows of this rank's batch: {rows}. " if rows else "This rank's own rows are fine. "
         raise DivergedError(
             f"step {step}: {what}, so training stops before anything is updated or saved over. {named}"
-            f"Likely: {causes}. Mend that and run again: it continues from the newest checkpoint, or starts over "
-            "with changed keys."
+            f"Likely: {causes}. Mend that; with changed keys a run starts over ({what_remains(args.output_dir)})."
         )
 
     def _causes(self, step: int, model: torch.nn.Module, args: Any, loss_is_fine: bool) -> Sequence[str]:

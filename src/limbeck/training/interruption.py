@@ -9,12 +9,14 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback
 
 from limbeck.errors import StoppedError
+from limbeck.training.checkpoints import steps, what_remains
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -31,6 +33,7 @@ class Interruption(TrainerCallback):
         self._former: dict[int, Any] = {}
         self._number: int | None = None
         self.stopped_at: int | None = None
+        self._folder = Path()
 
     def __enter__(self) -> "Interruption":
         self._number = self.stopped_at = None
@@ -56,7 +59,7 @@ class Interruption(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Between two steps: save and stop, on all ranks, when one of them was told to."""
         if state.global_step < state.max_steps and self._any_rank(self._number is not None):
-            self.stopped_at = int(state.global_step)
+            self.stopped_at, self._folder = int(state.global_step), Path(args.output_dir)
             control.should_save = control.should_training_stop = True
 
     def raise_if_stopped(self) -> None:
@@ -66,7 +69,9 @@ class Interruption(TrainerCallback):
             StoppedError: says how to go on.
         """
         if self.stopped_at is not None:
+            saved = self.stopped_at in steps(self._folder)
+            lost = "" if saved else ", which could not be saved"
             raise StoppedError(
-                f"stopped after step {self.stopped_at}; run the same command again to go on from there",
+                f"stopped after step {self.stopped_at}{lost}; {what_remains(self._folder)}",
                 128 + (self._number or signal.SIGTERM),
             )

@@ -23,6 +23,7 @@ from limbeck.models import model_identity
 from limbeck.storage import fingerprint
 from limbeck.training.checkpoints import BEST, publish_model
 from limbeck.training.run import check_plan, new_student, train_inputs, train_one, training_rows
+from limbeck.training.settle import settled
 
 
 def run_inputs(recipe: Recipe) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def _check(recipe: Recipe) -> None:
         rows = training_rows(own)
         student = student or new_student(own.student, tokenizer, own.dataset.attention, own.seed)
         try:
-            check_plan(own, student, rows)
+            check_plan(settled(own), student, rows)
         except ConfigError as error:
             raise ConfigError(f"stage {phase.stage_name}: {error}") from None
 

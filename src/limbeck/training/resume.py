@@ -5,6 +5,7 @@ then recorded with the inputs, in one atomic write, so that a kill at any moment
 next run.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,13 @@ def begin(
         LimbeckError: there is no such checkpoint, or the folder was made from other inputs.
     """
     wanted, changed = training.resume_from, None
-    if wanted is not None and not force and _starts_elsewhere(stage):
+    if wanted is not None and not force and _starts_elsewhere(stage, wanted):
         found = resolve_resume(wanted)
         require_groups(found, groups)
+        _set_aside(stage, found)
         if stage.recorded() not in (None, stage.fingerprint):
-            changed = stage.differences()
-            say(f"continuing {stage.path} with a change ({changed})")
+            changed = stage.differences(most=100)
+            say(f"continuing {stage.path} with a change ({stage.differences()})")
         inside = found.parent.resolve() == stage.path.resolve()
         started = {"path": str(found.resolve()), "step": checkpoint_step(found), "inside": inside}
         (stage.path / MANIFEST).unlink(missing_ok=True)
@@ -69,11 +71,24 @@ def _record(stage: StageFolder) -> dict[str, Any] | None:
     return found
 
 
-def _starts_elsewhere(stage: StageFolder) -> bool:
+def _starts_elsewhere(stage: StageFolder, wanted: Path) -> bool:
     """True until the start that `resume_from` names has been recorded."""
     if stage.recorded() != stage.fingerprint:
         return True
-    return _record(stage) is None and not steps(stage.path)
+    started, named = _record(stage), wanted.resolve()
+    if named in (stage.path.resolve(), *(path.resolve() for path in stage.path.glob("step_*"))):
+        return started is None and not steps(stage.path)
+    return started is None or named not in (Path(started["path"]), Path(started["path"]).parent)
+
+
+def _set_aside(stage: StageFolder, start: Path) -> None:
+    """Keep elsewhere what the folder has of a run with these settings that began in another way."""
+    own = stage.recorded() == stage.fingerprint and steps(stage.path)
+    if own and start.parent.resolve() != stage.path.resolve():
+        earlier = replace(stage, backup=stage.path.parent / "previous")
+        say(f"{stage.path} had begun in another way; that is kept in {earlier.place_in_backup()}")
+        earlier.set_aside()
+        stage.path.mkdir(parents=True)
 
 
 def _checkpoint(stage: StageFolder, resumes: bool) -> Path | None:

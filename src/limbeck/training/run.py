@@ -12,7 +12,6 @@ checkpoint and end with the same bytes as an undisturbed run; other inputs are r
 import contextlib
 import json
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,15 +40,16 @@ from limbeck.teachers.sources import training_source
 from limbeck.training.advice import advise
 from limbeck.training.check import check_teacher
 from limbeck.training.checkpoints import BEST, checkpoint_step, newest, publish_model
+from limbeck.training.display import LOG, LogFile
 from limbeck.training.resume import begin
+from limbeck.training.settle import optimizer_choice, settled
 from limbeck.training.ternarisation import check_warmup
-
-_USERS_LOGGING_DIR = os.environ.get("TENSORBOARD_LOGGING_DIR")
 
 #: Keys of `training` that change how a run is watched or stored, not what it computes.
 _NOT_INPUTS = {
     "output_dir", "resume", "resume_from", "logging_steps", "save_total_limit", "report_to", "device",
-    "dataloader_num_workers", "dashboard", "per_device_eval_batch_size", "eval_steps", "eval_rows", "save_steps",
+    "dataloader_num_workers", "dashboard", "step_line", "per_device_eval_batch_size", "eval_steps", "eval_rows",
+    "save_steps",
 }  # fmt: skip
 
 
@@ -59,6 +59,7 @@ _WITHOUT_TEACHER = {"load_balance", "router_aux", "router_aux_kind", "objectives
 
 def train_inputs(recipe: Recipe, rows: PackedDataset) -> dict[str, Any]:
     """Everything the trained weights depend on, when the student begins as the recipe says."""
+    recipe = settled(recipe)
     training = recipe.training.model_dump(mode="json", exclude=_NOT_INPUTS)
     return {
         "optimizer": recipe.optimizer.model_dump(mode="json"),
@@ -91,7 +92,8 @@ def training_rows(recipe: Recipe) -> PackedDataset:
 
 def train_one(recipe: Recipe, stage: StageFolder, start: Path | None, force: bool = False) -> StudentManifest | None:
     """Train one phase (or a run without phases) in its folder, from the weights in `start`; returns the manifest."""
-    folder = stage.path
+    folder, choice = stage.path, optimizer_choice(recipe)
+    recipe = settled(recipe)
     tokenizer = recipe_tokenizer(recipe)
     rows = training_rows(recipe)
     rows.check(tokenizer, recipe.dataset.max_length)
@@ -110,15 +112,18 @@ def train_one(recipe: Recipe, stage: StageFolder, start: Path | None, force: boo
             check_teacher(teacher, recipe.loss, recipe.dataset.attention, rows)
         # Whatever is wrong with the student or its optimizer shows before anything is written.
         student = new_student(_begun_from(recipe.student, start), tokenizer, recipe.dataset.attention, recipe.seed)
-        if teacher is not None:
-            _tell_vocabularies(teacher, student)
         groups = check_plan(recipe, student, rows, teacher)
         stack.enter_context(stage.lock() if ranks.rank() == 0 else contextlib.nullcontext())
         stack.enter_context(_plain_errors(folder))
         resume, changed = (
             begin(stage, recipe.training, _as_yaml(recipe), force, groups) if ranks.rank() == 0 else (None, None)
         )
-        trainer = _trainer(recipe, folder, student, teacher, rows, held_out, tokenizer)
+        stack.enter_context(LogFile(folder / LOG, active=ranks.rank() == 0))
+        if choice is not None:
+            say(choice.why)
+        if teacher is not None:
+            _tell_vocabularies(teacher, student)
+        trainer = _trainer(recipe, stage, student, teacher, rows, held_out, tokenizer)
         (resume,) = broadcast_object_list([resume])  # rank 0 chooses for all
         if ranks.rank() == 0:
             _record_provenance(stage, recipe.training.mode, resume, changed)
@@ -190,12 +195,7 @@ def _begun_from(section: StudentConfig, start: Path | None) -> StudentConfig:
 
 def new_student(section: StudentConfig, tokenizer: LoadedTokenizer, attention: str, seed: int) -> Any:
     """The student as it begins."""
-    special = {"bos_token_id": tokenizer.hf.bos_token_id, "eos_token_id": tokenizer.eos_id}
-    if tokenizer.hf.pad_token_id not in special.values():  # an embedding row named padding never learns
-        special["pad_token_id"] = tokenizer.hf.pad_token_id
-    student = build_student(section, tokenizer.vocab_size, seed, special)
-    count = sum(parameter.numel() for parameter in student.parameters())
-    say(f"student: {type(student).__name__}, {count:,} parameters, float32 weights")
+    student = build_student(section, tokenizer.model_keys, seed)
     require_causal(student, "student")
     if attention == "per_document":
         require_packing(student, "student")
@@ -216,7 +216,7 @@ def _as_yaml(recipe: Recipe) -> str:
 
 def _trainer(
     recipe: Recipe,
-    folder: Path,
+    stage: StageFolder,
     student: Any,
     teacher: Teacher | None,
     rows: PackedDataset,
@@ -224,22 +224,32 @@ def _trainer(
     tokenizer: LoadedTokenizer,
 ) -> Any:
     from limbeck.training.arguments import arguments_from_recipe
+    from limbeck.training.tracking import Tracking
     from limbeck.training.trainer import DistillationTrainer
 
-    os.environ["TENSORBOARD_LOGGING_DIR"] = _USERS_LOGGING_DIR or str(folder / "runs")
+    folder = stage.path
+    name = recipe.name if folder == recipe.student_dir else f"{recipe.name}-{folder.name}"
+    tree = json.loads(recipe.model_dump_json())
+    tracking = Tracking(recipe.tracking, folder, name, stage.fingerprint, tree, main=ranks.rank() == 0)
+    arguments = arguments_from_recipe(recipe, folder)
+    arguments.project, arguments.run_name = recipe.tracking.project, f"{tracking.name}-{tracking.id}"
     trainer = DistillationTrainer(
         model=student,
-        args=arguments_from_recipe(recipe, folder),
+        args=arguments,
         teacher=teacher,
         train_dataset=rows,
         eval_dataset=held_out if len(held_out) else None,
         tokenizer=tokenizer.hf,
     )
+    tracking.attach(trainer)
+    tracking.start(recipe.training.report_to)
     groups = trainer.create_optimizer().param_groups
     for name in ("muon", "lion", "adamw"):
         rate = getattr(recipe.optimizer, name).learning_rate
         if rate is not None and all(group["algorithm"] != name for group in groups):
             warn(f"optimizer.{name}.learning_rate is {rate:g} and nothing is trained with {name} (optimizer.name)")
+    count = sum(parameter.numel() for parameter in student.parameters())
+    say(f"student: {type(student).__name__}, {count:,} parameters, float32 weights")
     say("optimizer groups:\n" + describe_groups(groups, student))
     return trainer
 

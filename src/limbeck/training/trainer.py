@@ -22,7 +22,6 @@ Use it in your own script:
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,11 +39,11 @@ from limbeck.targets.reference import Reference
 from limbeck.targets.sparse import SparseTargets
 from limbeck.teachers.base import Teacher
 from limbeck.training.arguments import DistillationArguments
-from limbeck.training.callbacks import LogLines
+from limbeck.training.callbacks import tag
 from limbeck.training.check import check_teacher
 from limbeck.training.checkpointing import CheckpointingTrainer
 from limbeck.training.collate import RowCollator
-from limbeck.training.dashboard import Dashboard, wants_dashboard
+from limbeck.training.display import Display
 from limbeck.training.guard import StepGuard
 from limbeck.training.head import LossRequest, attach_objectives
 from limbeck.training.interruption import Interruption
@@ -122,11 +121,9 @@ class DistillationTrainer(CheckpointingTrainer):
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self.remove_callback(PrinterCallback)  # it prints to stdout, which belongs to the command's result
-        panel = self.is_world_process_zero() and wants_dashboard(args.dashboard)
-        self.add_callback(LogLines(Path(args.output_dir) / "training.log", quiet=panel))
-        self._panel = Dashboard() if panel else None
-        if self._panel is not None:
-            self.add_callback(self._panel)
+        self._display = Display(args, main=self.is_world_process_zero())
+        for callback in self._display.callbacks:
+            self.add_callback(callback)
         self.ternary = TernaryWatch(model, args.ternary_warmup_steps) if hasattr(model, "ternary_state") else None
         if self.ternary is not None:
             self.add_callback(self.ternary)
@@ -143,15 +140,13 @@ class DistillationTrainer(CheckpointingTrainer):
             StoppedError: SIGINT or SIGTERM came; the step in hand was finished and a checkpoint saved.
         """
         try:
-            with self._interruption:
+            with self._display, self._interruption:
                 result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
             self._interruption.raise_if_stopped()
             return result
         finally:
             if self._ahead is not None:
                 self._ahead.close()
-            if self._panel is not None:
-                self._panel.close()
 
     # -- loss ------------------------------------------------------------------------------------------
 
@@ -226,7 +221,7 @@ class DistillationTrainer(CheckpointingTrainer):
             distils = self.teacher is not None
             by_loader = distils and self.teacher is not None and self.teacher.in_workers
             logs.update(self.metrics.drain(self._sum_over_ranks, distils=distils, targets_by_loader=by_loader))
-            logs.update({f"lr/{name}": rate for name, rate in self._rates.items()})
+            logs.update({f"lr/{tag(name)}": rate for name, rate in self._rates.items()})
             if self.ternary is not None and not self.is_fsdp_enabled:
                 logs.update(self.ternary.measure())
             if self.saddle is not None:

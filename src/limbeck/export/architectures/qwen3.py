@@ -1,7 +1,14 @@
-"""Qwen 3, dense and with experts: nothing is rearranged but the experts."""
+"""Qwen 2 and 3, dense and with experts: nothing is rearranged but the experts."""
 
 from limbeck.export.architectures.base import Architecture, WithExperts
 from limbeck.registry import ARCHITECTURES
+
+
+@ARCHITECTURES.register("qwen2")
+class Qwen2(Architecture):
+    """Qwen 2 and 2.5, whose queries, keys and values have biases."""
+
+    name = "qwen2"
 
 
 @ARCHITECTURES.register("qwen3")

@@ -1,0 +1,79 @@
+"""The student without its weights: what it will be, known before any stage has run.
+
+The one idea: a model on torch's meta device has every name and shape and takes no memory, so ternary groups, optimizer
+rules and export formats can be tried on it in a moment, whatever its size.
+"""
+
+from typing import Any
+
+import torch
+
+from limbeck.config import StudentConfig
+from limbeck.errors import ConfigError
+from limbeck.models import model_config
+from limbeck.registry import STUDENTS
+from limbeck.students.build import make_ternary, require_vocabulary
+
+
+def outline_of(section: StudentConfig, keys: dict[str, int], length: int) -> Any | None:
+    """The student on the meta device, its ternary weights chosen; None where a plugin builds it in a way of its own.
+
+    Args:
+        section: the recipe's `student`.
+        keys: the tokenizer's `vocab_size` and special ids, where it is known already.
+        length: tokens in a row.
+
+    Raises:
+        ConfigError: there is no such student: no architecture, a vocabulary smaller than the tokenizer's, a context
+            shorter than the rows, ternary patterns or groups that do not fit.
+        LimbeckError: its folder or hub id gives no config.
+    """
+    if not (section.model or section.config or section.builder):
+        raise ConfigError("no student: set student.model to pretrained weights or student.config to an architecture.")
+    try:
+        with torch.device("meta"):
+            student = _of_weights(section) if section.model else _of_config(section, keys)
+    except (NotImplementedError, RuntimeError):
+        if section.builder is None:
+            raise
+        return None  # a builder that computes with what it makes
+    require_vocabulary(section, student, keys.get("vocab_size", 0))
+    _require_room(section, student, length)
+    if section.ternary is not None:
+        make_ternary(student, section.ternary)
+    return student
+
+
+def _of_weights(section: StudentConfig) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    assert section.source is not None
+    config = model_config(section.source, "student")
+    wanted = section.config.get("model_type", config.model_type)
+    if wanted != config.model_type:
+        raise ConfigError(
+            f"student.config.model_type is {wanted} and {section.model} holds a {config.model_type}. Leave model_type "
+            "out: weights bring their own architecture."
+        )
+    for key, value in section.config.items():
+        setattr(config, key, value)
+    remote_code = section.trust_remote_code
+    try:
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=remote_code)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{section.model} is no causal LM: {str(error).strip().splitlines()[0][:300]}") from None
+
+
+def _of_config(section: StudentConfig, keys: dict[str, int]) -> Any:
+    return STUDENTS.get(section.builder or "transformers")(section, keys)
+
+
+def _require_room(section: StudentConfig, student: Any, length: int) -> None:
+    most = getattr(student.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(most, int) and 0 < most < length:
+        what = f"student {section.model}" if section.model else "student"
+        cure = "choose another model" if section.model else "raise student.config.max_position_embeddings"
+        raise ConfigError(
+            f"dataset.max_length is {length} and the {what} has a context of {most} tokens. Set --seq-len {most}, or "
+            f"{cure}."
+        )

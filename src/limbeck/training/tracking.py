@@ -1,0 +1,132 @@
+"""Trackers (TensorBoard, W&B, trackio): where a run's curves go, under which name, and that they continue.
+
+The one idea: a resumed run says again, to the bit, what it said between its last checkpoint and its end; so a tracker
+is told of each step once, the run keeps the id it began with, and the curves go on where they were.
+"""
+
+import json
+import os
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from limbeck.config.training import TrackingConfig
+from limbeck.errors import ConfigError
+from limbeck.storage import atomic_write_text, read_json
+
+_FILE = "tracking.json"
+_USERS_LOGGING_DIR = os.environ.get("TENSORBOARD_LOGGING_DIR")
+_TRACKERS = {"TensorBoardCallback", "WandbCallback", "TrackioCallback"}
+
+
+class Tracking:
+    """What trackers know a training by.
+
+    Args:
+        section: project, name and tags.
+        folder: of the training; `tracking.json` in it keeps the id and what has been told.
+        name: the run's.
+        fingerprint: of what is trained from; with another one the curves are others.
+        recipe: the resolved recipe, which trackers show as the run's configuration.
+        main: the process is the one that tracks.
+    """
+
+    def __init__(
+        self, section: TrackingConfig, folder: Path, name: str, fingerprint: str, recipe: dict[str, Any], *, main: bool
+    ) -> None:
+        self.section, self.recipe, self._main = section, recipe, main
+        self._path = folder / _FILE
+        held = read_json(self._path) if main and self._path.is_file() else {}
+        known = held.get("fingerprint") == fingerprint
+        fresh: dict[str, Any] = {"id": uuid.uuid4().hex[:8], "fingerprint": fingerprint, "told": {}}
+        self._record = dict(held) if known else fresh
+        self.id = str(self._record["id"])
+        self.name = section.name or name
+        later = bool(held)  # another training began in this folder before
+        if not known:
+            self._record["folder"] = self.id if later else None
+        own = folder / "runs" / str(self._record["folder"] or "")
+        os.environ["TENSORBOARD_LOGGING_DIR"] = _USERS_LOGGING_DIR or str(own)
+        if main:
+            self._keep()
+
+    def _keep(self) -> None:
+        atomic_write_text(self._path, json.dumps(self._record) + "\n")
+
+    def start(self, report_to: Sequence[str]) -> None:
+        """Begin, or go on with, the run of trackers that keep runs themselves.
+
+        Raises:
+            ConfigError: the tracker will not start.
+        """
+        if not self._main or "wandb" not in report_to:
+            return
+        import wandb
+
+        try:
+            wandb.init(
+                project=os.environ.get("WANDB_PROJECT", self.section.project),
+                name=os.environ.get("WANDB_NAME", self.name),
+                tags=self.section.tags or None,
+                id=os.environ.get("WANDB_RUN_ID", self.id),
+                resume="allow",
+                config=self.recipe,
+            )
+        except Exception as error:
+            said = str(error).strip().splitlines() or [type(error).__name__]
+            raise ConfigError(
+                f"training.report_to names wandb, which does not start: {said[0][:300]}. Log in (`wandb login`), set "
+                "WANDB_MODE=offline, or leave it out of report_to."
+            ) from None
+
+    def attach(self, trainer: Any) -> None:
+        """Let the trainer's trackers hear of each step once."""
+        for callback in trainer.callback_handler.callbacks:
+            if type(callback).__name__ in _TRACKERS:
+                callback.on_log = self._once(callback.on_log)
+        trainer.add_callback(_Told(self))
+
+    def _once(self, on_log: Callable[..., None]) -> Callable[..., None]:
+        """The same, left out for steps that were told before the run was resumed."""
+
+        def gated(args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+            if state.global_step > self._record["told"].get(_kind(logs or {}), -1):
+                on_log(args, state, control, logs=logs, **kwargs)
+
+        return gated
+
+    def told(self, step: int, logs: dict[str, Any]) -> None:
+        """Remember, once every tracker has heard."""
+        kind = _kind(logs)
+        if self._main and step > self._record["told"].get(kind, -1):
+            self._record["told"][kind] = step
+            self._keep()
+
+
+def _kind(logs: dict[str, Any]) -> str:
+    """Steps and evaluations are counted apart: both come at the same step."""
+    if "loss" in logs:
+        return "steps"
+    return "evaluations" if any(key.startswith("eval_") for key in logs) else "ends"
+
+
+class _Told(TrainerCallback):
+    """The last callback: what it hears, the trackers before it have heard; and trackio learns the recipe."""
+
+    def __init__(self, tracking: Tracking) -> None:
+        self._tracking = tracking
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Trackio has no run before its own callback has begun."""
+        if "trackio" in (args.report_to or []) and state.is_world_process_zero:
+            import trackio
+
+            trackio.config.update({"recipe": self._tracking.recipe}, allow_val_change=True)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Remember the step."""
+        if state.is_world_process_zero and logs:
+            self._tracking.told(state.global_step, logs)
