@@ -36,6 +36,8 @@ def refused(recipe, told, last=None):
     ({"student": {"ternary": {"group_size": 48}}}, "group_size is 48 and a ternary weight has rows of 32"),
     ({"student": {"ternary": {"exclude": ["nothing_like_it"]}}}, "'nothing_like_it' matches none of the weights"),
     ({"parameter_lr_multipliers": [{"pattern": "nope", "lr_multiplier": 0.5}]}, "'nope' matches no parameter"),
+    ({"training": {"warmup_steps": 9}}, "training.warmup_steps is 9 and the run has 4 steps"),
+    ({"student": {"ternary": {"group_size": 16, "warmup_steps": 9}}}, "student.ternary.warmup_steps is 9 and the run"),
     ({"tokenizer": {"train_vocab_size": 300}}, "has a tokenizer already, whose ids its targets are"),
     ({"pipeline": {"export": ["packed"]}}, "pipeline.export has packed, which cannot be: the student has no ternary"),
     ({"pipeline": {"export": ["gguf"]}, "export": {"type": "tq2_0"}}, "--type is tq2_0"),

@@ -3,12 +3,14 @@
 import contextlib
 import io
 import json
+import os
 
 import pytest
 
-from conftest import TINY, save_model, tiny_model
+from conftest import TINY, limbeck, save_model, tiny_model
 from limbeck.cli import main
 from limbeck.data.sources import Document
+from limbeck.data.tokenizer import train_tokenizer
 from limbeck.errors import ConfigError
 from limbeck.models import load_causal_lm
 from limbeck.models.structure import require_causal
@@ -29,6 +31,7 @@ def ground(tmp_path_factory):
         "training": {"max_steps": 1, "report_to": []},
     }
     (root / "r.yaml").write_text(json.dumps(tree))
+    (root / "latin.jsonl").write_bytes(json.dumps({"text": "x"}).encode() + b'\n{"text": "\xe4\xf6\xfc\xdf\xe9\xe8"}\n')
     for name, text in {
         "key.yaml": "datset: {name: stdlib}", "inner.yaml": "training: {max_step: 3}",
         "type.yaml": "training: {max_steps: many}",
@@ -40,6 +43,9 @@ def ground(tmp_path_factory):
     (root / "bytes.txt").write_bytes(bytes(range(128, 256)) * 50)
     (root / "empty").mkdir()
     save_model(tiny_model(max_position_embeddings=32), root / "short")
+    unheard = save_model(tiny_model(), root / "unheard") / "config.json"
+    unheard.write_text(json.dumps({**json.loads(unheard.read_text()), "model_type": "unheard_of"}))
+    train_tokenizer(load_recipe(root / "r.yaml").dataset, 300, root / "other")
     return root
 
 
@@ -60,6 +66,21 @@ TABLE = [
     ("run r.yaml --dataset blank.txt", "gave no training rows"),
     ("run r.yaml --dataset bytes.txt", "bytes.txt is no UTF-8 text: 100% of its beginning cannot be read. Convert it"),
     ("data pack r.yaml --dataset latin.txt --output packed", "latin.txt is no UTF-8 text"),
+    ("run r.yaml --dataset latin.jsonl", "latin.jsonl line 2 is no UTF-8 text: "),
+    (
+        "run r.yaml --tokenizer other",
+        "teacher tiny-python has the tokenizer tiny-python and the data has other, which is",
+    ),
+    ("run r.yaml --student-model unheard", "the config of student 'unheard' cannot be read: "),
+    (
+        "run r.yaml --student-model short --student.config.model_type gpt2 --seq-len 16",
+        "and short holds a llama. Leave",
+    ),
+    ("run r.yaml --warmup-steps 5", "training.warmup_steps is 5 and the run has 1 steps"),
+    ("run r.yaml --student.ternary.group_size 48", "group_size is 48 and a ternary weight has rows of 32"),
+    ("run r.yaml --pipeline.export packed", "pipeline.export has packed, which cannot be: the student has no ternary"),
+    ("runs nowhere", "nowhere is no folder. Name one that holds runs: `limbeck runs outputs`."),
+    ("runs t", "t holds no runs. Name a folder that does: `limbeck runs outputs`."),
     ("run r.yaml --tokenizer empty", "empty has no tokenizer.json. Name a model's folder, or a hub id."),
     ("run r.yaml --teacher-model t", "t has no tokenizer.json. Name a model's folder, or a hub id."),
     ("run r.yaml --seq-len 4096", "has a context of 2048 tokens. Set --seq-len 2048"),
@@ -110,6 +131,21 @@ def test_a_mistake_is_one_line_that_says_what_to_do(ground, words, told, monkeyp
     assert told in errors[0]
     assert stderr.getvalue().splitlines()[-1] == errors[0], "the error is the last line, and one line"
     assert "Traceback" not in stderr.getvalue()
+
+
+@pytest.mark.parametrize(("flag", "told"), [
+    ("--dataset", "is neither a file or folder here nor reachable on the hub: the hub cannot be reached"),
+    ("--teacher-model", "is no folder here, and the hub cannot be reached"),
+    ("--student-model", "is no folder here, and the hub cannot be reached"),
+    ("--tokenizer", "is no folder here, and the hub cannot be reached"),
+])  # fmt: skip
+def test_a_name_that_is_not_here_without_a_network_is_one_line(ground, flag, told):
+    """Nothing is told to be offline: the hub's address is one where nobody listens."""
+    env = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = limbeck("run", "r.yaml", flag, "someone/texts", cwd=ground, env=env, check=False)
+    assert done.returncode == 1
+    assert [line for line in done.stderr.splitlines() if told in line] == [done.stderr.splitlines()[-1]]
+    assert "Traceback" not in done.stderr
 
 
 def test_spaces_accents_and_a_run_named_with_letters_work(ground, tmp_path):

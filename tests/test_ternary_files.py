@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import limbeck, save_model, tiny_model, with_keys
 from limbeck.config import TernaryConfig
@@ -133,3 +133,33 @@ def test_the_command_says_what_to_type_next(tmp_path):
     assert found["metadata"]["general.name"] == "run"
     refused = limbeck("export", run, "--format", "hf", "--rest", "fp8", check=False)
     assert "--rest is fp8 and --format hf writes bf16, f16, f32" in refused.stderr
+
+
+def test_gpt2s_transposed_layers_are_ternary_along_their_inputs(tmp_path):
+    gpt2 = {"model_type": "gpt2", "n_embd": 32, "n_inner": 64, "n_layer": 1, "n_head": 2, "n_positions": 64}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**gpt2, vocab_size=4096, bos_token_id=0, eos_token_id=0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    dense = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    names = make_ternary(model, TernaryConfig(group_size=16, activation_bits=None))
+    assert len(names) == 4
+    wanted = AutoModelForCausalLM.from_config(config).eval()
+    state = dict(dense)
+    for name in names:  # the definition, written out: mean magnitude of 16 inputs of one output
+        columns = dense[name].t().reshape(dense[name].shape[1], -1, 16)
+        scale = columns.abs().mean(-1, keepdim=True).bfloat16().float().clamp(2.0**-14)
+        state[name] = ((columns / scale).round().clamp(-1, 1) * scale).reshape(dense[name].shape[1], -1).t()
+    wanted.load_state_dict(state, strict=False)
+    torch.testing.assert_close(model(input_ids=IDS).logits, wanted(input_ids=IDS).logits, atol=1e-5, rtol=1e-4)
+    save_model(model, tmp_path / "final")
+    rename_weights(tmp_path / "final")
+    source = ExportSource.open(tmp_path / "final")
+    export_packed(source, tmp_path / "packed", "f32")
+    packed = load_causal_lm(str(tmp_path / "packed"), dtype="float32").eval()
+    torch.testing.assert_close(packed(input_ids=IDS).logits, wanted(input_ids=IDS).logits, atol=1e-5, rtol=1e-4)
+    export_plain(source, tmp_path / "hf", "f32")
+    plain = load_causal_lm(str(tmp_path / "hf"), dtype="float32").eval()
+    torch.testing.assert_close(plain(input_ids=IDS).logits, wanted(input_ids=IDS).logits, atol=1e-5, rtol=1e-4)
+    model.train()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())

@@ -42,7 +42,7 @@ def sentencepiece_tokenizer(prepend: str = "normalizer") -> PreTrainedTokenizerF
     learner.train_from_iterator(text, trainers.BpeTrainer(vocab_size=300, show_progress=False))
     learnt = sorted(learner.get_vocab(), key=learner.get_vocab().get)
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *learnt]
-    tokens = list(dict.fromkeys([*tokens, SPACE * 2, SPACE * 4]))
+    tokens = list(dict.fromkeys([*tokens, "a", "b", "c", "ab", "bc", "abc", SPACE * 2, SPACE * 4]))
     vocab = {token: number for number, token in enumerate(tokens)}
     merges = []
     for token in sorted((t for t in tokens[259:] if len(t) > 1), key=vocab.get):

@@ -56,7 +56,10 @@ class FakeWandb(types.ModuleType):
 
     def __init__(self, fails: str | None = None) -> None:
         super().__init__("wandb")
-        self.asked, self._fails = {}, fails
+        self.asked, self._fails, self.finished = {}, fails, 0
+
+    def finish(self):
+        self.finished += 1
 
     def init(self, **asked):
         if self._fails:
@@ -83,6 +86,8 @@ def test_wandb_is_told_project_name_tags_recipe_and_to_go_on(wandb, tmp_path):
     again = Tracking(section, tmp_path, "mine", "f", tree, main=True)
     again.start(["wandb"])
     assert wandb.asked["id"] == first.id
+    again.end(), again.end()
+    assert wandb.finished == 1, "the next training is another run"
     named = TrackingConfig(project="other", name="called")
     Tracking(named, tmp_path, "mine", "f", tree, main=True).start(["wandb"])
     assert (wandb.asked["project"], wandb.asked["name"]) == ("other", "called")

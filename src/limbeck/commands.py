@@ -49,12 +49,14 @@ def run(recipe: Recipe, options: Options) -> Result:
 
 def _next_commands(recipe: Recipe) -> list[str]:
     """What one may want to type now."""
-    program = "limbeck" if shutil.which("limbeck") else f"{sys.executable} -m limbeck"
+    called = Path(sys.argv[0])
+    beside = str(called) if called.name == "limbeck" else f"{sys.executable} -m limbeck"
+    program = "limbeck" if shutil.which("limbeck") else beside
     prompt = shlex.quote(recipe.generation.prompt.splitlines()[0])
     other = recipe.root.parent / f"{recipe.root.name}-mine"
     return [
         f"{program} generate {recipe.root} --prompt {prompt}",
-        f"{program} export {recipe.root} --format {'gguf' if recipe.student.ternary else 'hf'}",
+        f"{program} export {recipe.root} --format {'hf' if 'gguf' in recipe.pipeline.export else 'gguf'}",
         f"{program} run {recipe.root} --dataset YOUR.txt --output-dir {other}",
     ]
 

@@ -148,7 +148,7 @@ class OptimizerConfig(Section):
     name: Literal["auto", "adamw", "lion", "muon_lion", "muon_adamw"] = Field(
         "auto",
         description="One for everything, or Muon for hidden matrices and the second for the rest; `auto`: Muon + AdamW "
-        "with rates for the student's kind and width, or AdamW where training.learning_rate is given.",
+        "for a new student, AdamW for a pretrained one or a learning_rate that is given; rates by the student's width.",
     )
     muon: MuonConfig = Field(default_factory=MuonConfig, description="Muon.")
     lion: LionConfig = Field(default_factory=LionConfig, description="Lion.")

@@ -3,8 +3,9 @@
 The one idea: what was measured to be best is chosen, with rates that are known at one width and scaled from there; a
 rate that the recipe gives is one of AdamW's, and AdamW it is then. docs/log.md has the measurements.
 
-Muon's rate is the same for every width: its update of a matrix has the same size, as operator, whatever the matrix's
-shape. AdamW's rates beside it, which train embeddings, heads and vectors, fall with the square root of the width.
+A new student: Muon at one rate for every width, as its update of a matrix has the same size, as operator, whatever the
+matrix's shape; beside it AdamW for embeddings, heads and vectors, at a rate that falls as the root of the width grows.
+A pretrained one: AdamW at a rate that falls with the width, as the sum over a wider layer's inputs moves the more.
 """
 
 import math
@@ -17,7 +18,7 @@ _WIDTH = 256
 
 
 @dataclass(frozen=True)
-class Choice:
+class OptimizerChoice:
     """What `auto` stands for.
 
     Attributes:
@@ -31,17 +32,11 @@ class Choice:
     why: str
 
 
-@dataclass(frozen=True)
-class _Measured:
-    muon: float
-    adamw: float
+_MUON, _BESIDE_MUON = 0.02, 8e-3  # of a new student
+_PRETRAINED = 1e-3
 
 
-_NEW = _Measured(muon=0.02, adamw=8e-3)
-_PRETRAINED = _Measured(muon=5e-3, adamw=3e-3)
-
-
-def choose(optimizer: OptimizerConfig, learning_rate: float | None, *, new: bool, width: int | None) -> Choice:
+def choose(optimizer: OptimizerConfig, learning_rate: float | None, *, new: bool, width: int | None) -> OptimizerChoice:
     """The optimizer for a student.
 
     Args:
@@ -51,19 +46,22 @@ def choose(optimizer: OptimizerConfig, learning_rate: float | None, *, new: bool
         width: its hidden size; None where its config does not say.
     """
     if learning_rate is not None:
-        why = (
-            f"optimizer.name auto: AdamW, as training.learning_rate is given ({learning_rate:g}); without it Muon + "
-            "AdamW with rates for this student"
+        why = f"AdamW, as training.learning_rate is given ({learning_rate:g}); without it rates follow from the student"
+        return OptimizerChoice(
+            optimizer.model_copy(update={"name": "adamw"}), learning_rate, f"optimizer.name auto: {why}"
         )
-        return Choice(optimizer.model_copy(update={"name": "adamw"}), learning_rate, why)
-    measured = _NEW if new else _PRETRAINED
-    rate = measured.adamw * math.sqrt(_WIDTH / (width or _WIDTH))
-    rate = float(f"{rate:.2g}")  # two digits are all that is known
-    adamw = optimizer.adamw.model_copy(update={"learning_rate": optimizer.adamw.learning_rate or rate})
-    chosen = optimizer.model_copy(update={"name": "muon_adamw", "adamw": adamw})
-    kind = "new" if new else "pretrained"
-    why = (
-        f"optimizer.name auto: Muon at {measured.muon:g} for hidden matrices and AdamW at {adamw.learning_rate:g} for "
-        f"the rest, as the student is {kind} and {width or '?'} wide"
-    )
-    return Choice(chosen, measured.muon, why)
+    share = _WIDTH / (width or _WIDTH)
+    kind = f"the student is {'new' if new else 'pretrained'} and {width or '?'} wide"
+    if not new:
+        rate = _rounded(_PRETRAINED * share)
+        why = f"optimizer.name auto: AdamW at {rate:g}, as {kind}"
+        return OptimizerChoice(optimizer.model_copy(update={"name": "adamw"}), rate, why)
+    own = optimizer.adamw.learning_rate or _rounded(_BESIDE_MUON * math.sqrt(share))
+    adamw = optimizer.adamw.model_copy(update={"learning_rate": own})
+    why = f"optimizer.name auto: Muon at {_MUON:g} for hidden matrices and AdamW at {own:g} for the rest, as {kind}"
+    return OptimizerChoice(optimizer.model_copy(update={"name": "muon_adamw", "adamw": adamw}), _MUON, why)
+
+
+def _rounded(rate: float) -> float:
+    """Two digits are all that is known of a rate."""
+    return float(f"{rate:.2g}")

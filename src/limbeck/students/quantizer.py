@@ -171,7 +171,10 @@ def make_packed(model: Any, config: TernaryQuantizationConfig) -> None:
         module = model.get_submodule(prefix)
         if isinstance(module, nn.Linear | Conv1D):
             owner, _, child = prefix.rpartition(".")
-            setattr(model.get_submodule(owner), child, PackedLinear(module, state))
+            parent = model.get_submodule(owner)
+            setattr(parent, child, PackedLinear(module, state))
+            if isinstance(module, Conv1D):  # GPT-2's initialisation looks into its layers for weights
+                parent._is_hf_initialized = True
             continue
         packed = PackedWeight(getattr(module, leaf).shape, state.group_size)
         delattr(module, leaf)

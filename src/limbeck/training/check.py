@@ -8,10 +8,12 @@ from limbeck.data.tokenizer import LoadedTokenizer, load_tokenizer, recipe_token
 from limbeck.errors import ConfigError, LimbeckError, MismatchError
 from limbeck.models import require_causal, require_packing
 from limbeck.optim.groups import build_groups
+from limbeck.optim.schedules import schedule_arguments
 from limbeck.students.build import build_student
 from limbeck.students.outline import outline_of
 from limbeck.teachers.base import Teacher
 from limbeck.training.settle import settled
+from limbeck.training.ternarisation import check_warmup
 
 _SMALL = 50_000_000  # parameters of a new student that is made and asked in a moment
 
@@ -57,11 +59,24 @@ def check_student(recipe: Recipe) -> None:
         return
     chosen, rules = settled(recipe), recipe.parameter_lr_multipliers
     build_groups(student, chosen.optimizer, chosen.learning_rate, recipe.training.weight_decay, rules)
+    if recipe.training.max_steps > 0:  # else it is known once the rows are counted
+        check_lengths(recipe, recipe.training.max_steps)
     if section.model is None and tokenizer is not None and _parameters_in(student) <= _SMALL:
         made = build_student(section.model_copy(update={"ternary": None}), tokenizer.model_keys, recipe.seed)
         require_causal(made, "student")
         if recipe.dataset.attention == "per_document":
             require_packing(made, "student")
+
+
+def check_lengths(recipe: Recipe, steps: int) -> None:
+    """Refuse warm-ups and decays that do not fit into a training of so many steps.
+
+    Raises:
+        ConfigError: names both lengths.
+    """
+    training, ternary = recipe.training, recipe.student.ternary
+    check_warmup(ternary.warmup_steps if ternary else 0, steps)
+    schedule_arguments(training.lr_scheduler_type, steps, training.warmup_steps, **training.schedule.model_dump())
 
 
 def planned_student(recipe: Recipe) -> tuple[Any | None, LoadedTokenizer | None]:

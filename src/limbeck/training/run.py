@@ -30,7 +30,6 @@ from limbeck.losses.objective import Context, Objectives
 from limbeck.manifests import StudentManifest
 from limbeck.models import embedded_vocab_size, model_identity, require_causal, require_packing
 from limbeck.optim.groups import build_groups, describe_groups, objective_groups
-from limbeck.optim.schedules import schedule_arguments
 from limbeck.plugins import plugin_identity
 from limbeck.registry import DIVERGENCES
 from limbeck.storage import commit_folder, plain_disk_errors, read_json_lines, sha256_file, temporary_for
@@ -38,12 +37,11 @@ from limbeck.students.build import build_student
 from limbeck.teachers.base import Teacher
 from limbeck.teachers.sources import training_source
 from limbeck.training.advice import advise
-from limbeck.training.check import check_teacher
+from limbeck.training.check import check_lengths, check_teacher
 from limbeck.training.checkpoints import BEST, checkpoint_step, newest, publish_model
 from limbeck.training.display import LOG, LogFile
 from limbeck.training.resume import begin
 from limbeck.training.settle import optimizer_choice, settled
-from limbeck.training.ternarisation import check_warmup
 
 #: Keys of `training` that change how a run is watched or stored, not what it computes.
 _NOT_INPUTS = {
@@ -159,13 +157,7 @@ def check_plan(recipe: Recipe, student: Any, rows: PackedDataset, teacher: Teach
     batches = math.ceil(len(rows) / (training.per_device_train_batch_size * ranks.world_size()))
     updates = max(1, math.ceil(batches / training.gradient_accumulation_steps))
     total = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * updates)
-    check_warmup(recipe.student.ternary.warmup_steps if recipe.student.ternary else 0, total)
-    schedule_arguments(
-        training.lr_scheduler_type,
-        total,
-        training.warmup_steps,
-        **training.schedule.model_dump(),
-    )
+    check_lengths(recipe, total)
     return [str(group["name"]) for group in groups]
 
 

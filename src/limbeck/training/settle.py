@@ -4,7 +4,7 @@ from typing import Any
 
 from limbeck.config import Recipe, StudentConfig
 from limbeck.models import model_config
-from limbeck.optim.auto import Choice, choose
+from limbeck.optim.auto import OptimizerChoice, choose
 
 
 def settled(recipe: Recipe) -> Recipe:
@@ -16,7 +16,7 @@ def settled(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"optimizer": choice.optimizer, "training": training})
 
 
-def optimizer_choice(recipe: Recipe) -> Choice | None:
+def optimizer_choice(recipe: Recipe) -> OptimizerChoice | None:
     """What `auto` stands for; None where the recipe names its optimizer."""
     if recipe.optimizer.name != "auto":
         return None

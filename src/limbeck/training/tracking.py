@@ -38,6 +38,7 @@ class Tracking:
         self, section: TrackingConfig, folder: Path, name: str, fingerprint: str, recipe: dict[str, Any], *, main: bool
     ) -> None:
         self.section, self.recipe, self._main = section, recipe, main
+        self._started = False
         self._path = folder / _FILE
         held = read_json(self._path) if main and self._path.is_file() else {}
         known = held.get("fingerprint") == fingerprint
@@ -66,6 +67,7 @@ class Tracking:
             return
         import wandb
 
+        self._started = True
         try:
             wandb.init(
                 project=os.environ.get("WANDB_PROJECT", self.section.project),
@@ -81,6 +83,14 @@ class Tracking:
                 f"training.report_to names wandb, which does not start: {said[0][:300]}. Log in (`wandb login`), set "
                 "WANDB_MODE=offline, or leave it out of report_to."
             ) from None
+
+    def end(self) -> None:
+        """Close what `start` has begun."""
+        if self._started:
+            import wandb
+
+            wandb.finish()
+            self._started = False
 
     def attach(self, trainer: Any) -> None:
         """Let the trainer's trackers hear of each step once."""
@@ -125,6 +135,10 @@ class _Told(TrainerCallback):
             import trackio
 
             trackio.config.update({"recipe": self._tracking.recipe}, allow_val_change=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The next training of this process is another run."""
+        self._tracking.end()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Remember the step."""
