@@ -90,9 +90,7 @@ def test_what_is_left_out_belongs_to_what_is_trained_from(made):
     assert few == {**whole, "top_k": 4}
 
 
-def test_a_cache_that_lacks_something_says_what_and_what_another_costs(made, tmp_path, capsys):
-    from limbeck.console import set_up_logging
-
+def test_a_cache_that_lacks_something_says_what_and_what_another_costs(made):
     named = with_keys(made, teacher={"cache_dir": str(made.cache_dir)})
     positions = len(PackedDataset(made.packed_dir)) + len(PackedDataset(made.packed_dir, "validation"))
     cost = f"the teacher runs over {positions} rows of 32 tokens, about "
@@ -105,7 +103,6 @@ def test_a_cache_that_lacks_something_says_what_and_what_another_costs(made, tmp
             run_pipeline(with_keys(named, teacher={**WIDE, **keys}), "cache")
         assert cost in str(found.value)
         assert "--cache-dir" in str(found.value)
-    set_up_logging()
     run_pipeline(with_keys(made, teacher={**WIDE, "top_k": 32}), "cache")  # its own: moved away, and made again
     assert len(list((made.root / "previous").glob("cache-*"))) == 1
 
@@ -138,3 +135,24 @@ def test_drawn_targets_answer_only_the_same_draws(recipe):
     assert lacks(held, held, rows) == []
     other = {**held, "sampling": {"head": 8}}
     assert "teacher.sampling" in lacks(held, other, rows)[0]
+
+
+def test_a_cache_made_again_is_recorded_as_what_it_is(made):
+    """Made by force for fewer ids, it must not stand for the wider one that answered before."""
+    few = with_keys(made, teacher={**WIDE, "top_k": 4})
+    assert run_pipeline(few, "cache").stages[-1].state == "skipped"
+    run_pipeline(few, "cache", force=True)
+    manifest, inputs = (json.loads((made.cache_dir / name).read_text()) for name in ("manifest.json", "inputs.json"))
+    assert (manifest["codec"]["top_k"], inputs["inputs"]["top_k"]) == (4, 4)
+    again = run_pipeline(with_keys(made, teacher=WIDE), "cache")  # the wide one is put back
+    assert again.stages[-1].state == "skipped"
+    assert json.loads((made.cache_dir / "manifest.json").read_text())["codec"]["top_k"] == 16
+
+
+def test_a_stages_cache_in_previous_is_not_the_runs(made):
+    earlier = made.root / "previous" / "cache-kd-0123456789ab"
+    earlier.parent.mkdir()
+    made.cache_dir.rename(earlier)
+    report = run_pipeline(with_keys(made, teacher={"top_k": 5}), "cache")
+    assert report.stages[-1].state == "done"
+    assert json.loads((made.cache_dir / "manifest.json").read_text())["codec"]["top_k"] == 5

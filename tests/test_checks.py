@@ -41,6 +41,9 @@ def refused(recipe, told, last=None):
     ({"tokenizer": {"train_vocab_size": 300}}, "has a tokenizer already, whose ids its targets are"),
     ({"pipeline": {"export": ["packed"]}}, "pipeline.export has packed, which cannot be: the student has no ternary"),
     ({"pipeline": {"export": ["gguf"]}, "export": {"type": "tq2_0"}}, "--type is tq2_0"),
+    ({"pipeline": {"export": ["hf"]}, "export": {"rest": "fp8"}}, "--rest is fp8 and --format hf writes"),
+    ({"pipeline": {"export": ["gguf"]}, "student": {"ternary": {"group_size": 32}}, "export": {"group_size": 64}},
+     "--group-size is 64 and the student was trained with groups of 32"),
     ({"pipeline": {"export": ["gguf"]}, "student": {"ternary": {"group_size": 16}}},
      "pipeline.export has gguf, which cannot be: no type holds every ternary weight exactly"),
     ({"pipeline": {"export": ["gguf"]}, "student": {"config": {**TINY, "model_type": "olmo2"}}},
@@ -136,3 +139,14 @@ def test_a_dry_run_tells_that_an_endpoint_is_gone(recipe_file):
                      "--teacher.retries", "0"])  # fmt: skip
     assert code == 1
     assert "Failed to connect to teacher endpoint: http://127.0.0.1:1" in stderr.getvalue()
+
+
+def test_a_dry_run_with_a_remote_teacher_writes_nothing_and_is_asked_again(recipe, corpus):
+    from limbeck.teachers.sources import RemoteSource
+    from serving import running, vllm_app
+
+    with running(vllm_app(load_causal_lm(recipe.teacher.model, dtype="float32"))) as url:
+        own = with_keys(recipe, teacher={"endpoint": url}, loss={"temperature": 1.0})
+        plan(own)
+        assert not own.root.exists()
+        assert not RemoteSource.of(own).memory.was_asked()

@@ -145,11 +145,17 @@ def test_an_objectives_part_of_the_batch_is_its_share(packed, once):
 def test_an_architecture_from_outside_goes_to_gguf(tmp_path):
     import gguf
 
-    sizes = {**TINY, "model_type": "mistral", "head_dim": 16, "sliding_window": None}
+    sizes = {
+        **TINY,
+        "model_type": "ministral",
+        "head_dim": 16,
+        "sliding_window": None,
+        "layer_types": ["full_attention"],
+    }
     folder = save_model(tiny_model(**sizes), tmp_path / "m" / "final")
     refused = limbeck("export", folder, "--output", tmp_path / "m.gguf", check=False)
     assert refused.returncode == 1
-    assert "model_type mistral can not be exported to GGUF: the architectures are llama" in refused.stderr
+    assert "model_type ministral can not be exported to GGUF: the architectures are llama" in refused.stderr
     (plugin,) = page("gguf-architecture", tmp_path)["plugins"]
     limbeck("export", folder, "--output", tmp_path / "m.gguf", "--plugins", plugin)
     reader = gguf.GGUFReader(tmp_path / "m.gguf")

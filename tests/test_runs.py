@@ -85,6 +85,22 @@ def test_runs_lists_what_is_there_and_prunes_what_was(longer, tmp_path):
     assert (tmp_path / "run" / "student" / "final" / "config.json").is_file()
 
 
+def test_a_shorter_run_is_not_told_to_extend_anything(longer):
+    told = limbeck("train", longer, "--max-steps", "2").stderr
+    assert "training.max_steps: 4 -> 2" in told
+    assert "--resume-from" not in told
+
+
+def test_what_a_training_started_from_is_not_pruned(longer, tmp_path):
+    limbeck("train", longer, "--max-steps", "8")
+    kept = next((tmp_path / "run" / "previous").glob("student-*"))
+    limbeck("train", longer, "--max-steps", "8", "--resume-from", kept)
+    gone = json.loads(limbeck("runs", tmp_path / "run", "--prune", "--json").stdout)["pruned"]
+    assert str(kept) not in gone
+    assert kept.is_dir()
+    assert len(gone) == 1, "the run of 8 steps that began anew"
+
+
 def test_runs_leaves_strangers_alone(tmp_path):
     stranger = tmp_path / "previous" / "student-abc"
     stranger.mkdir(parents=True)

@@ -128,7 +128,7 @@ def test_the_command_says_what_to_type_next(tmp_path):
     text = limbeck("export", run, "--type", "q4_0").stdout
     assert "llama-cli -m " in text
     assert "ollama create run -f " in text
-    assert (run / "export" / "Modelfile").read_text() == "FROM ./run.gguf\n"
+    assert (run / "export" / "run.Modelfile").read_text() == "FROM ./run.gguf\n"
     found = json.loads(limbeck("inspect", run / "export" / "run.gguf", "--json").stdout)
     assert found["metadata"]["general.name"] == "run"
     refused = limbeck("export", run, "--format", "hf", "--rest", "fp8", check=False)
@@ -163,3 +163,16 @@ def test_gpt2s_transposed_layers_are_ternary_along_their_inputs(tmp_path):
     model.train()
     model(input_ids=IDS, labels=IDS).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["hf", "packed"])
+def test_a_folder_of_somebody_elses_is_not_replaced(tmp_path, kind):
+    ternary_student(tmp_path / "final")
+    mine = tmp_path / "mine"
+    (mine / "thesis").mkdir(parents=True)
+    (mine / "thesis" / "chapter.tex").write_text("years")
+    refused = limbeck("export", tmp_path / "final", "--format", kind, "--output", mine, check=False)
+    assert f"{mine} would be replaced and holds thesis. Name a new folder with --output." in refused.stderr
+    assert (mine / "thesis" / "chapter.tex").read_text() == "years"
+    for _ in range(2):  # its own it replaces
+        limbeck("export", tmp_path / "final", "--format", kind, "--output", tmp_path / "out")

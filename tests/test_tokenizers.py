@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from awkward import AWKWARD
-from conftest import TOKENIZER, save_model, tiny_model
+from conftest import TOKENIZER, save_model, tiny_model, with_keys
 from limbeck.data.tokenizer import load_tokenizer, read_as_other
 from limbeck.errors import LimbeckError
 from limbeck.export.sentencepiece import adds_space, is_sentencepiece, scores
@@ -148,3 +148,25 @@ def test_what_is_saved_beside_a_student_is_what_packed_the_rows(tmp_path):
     tiny_model(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "final")
     assert load_tokenizer(str(tmp_path / "final")).hash == own.hash
     assert AutoTokenizer.from_pretrained(tmp_path / "t")("a b")["input_ids"] == own.hf("a b")["input_ids"]
+
+
+def test_special_tokens_that_only_the_class_names_are_taken(tmp_path):
+    """As in the oldest GPT-2 folders: nothing in their files says what ends a text."""
+    save_model(tiny_model(), tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 1024}))
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "gpt2"}))
+    own, shipped = load_tokenizer(str(tmp_path)), load_tokenizer(TOKENIZER)
+    assert (own.eos_id, own.hash) == (shipped.eos_id, shipped.hash)
+
+
+def test_a_student_that_others_read_with_another_tokenizer_is_told(recipe, packed, caplog):
+    from limbeck.training.phases import train_recipe
+
+    own = with_keys(recipe, teacher={"use_cached_logits": False}, student={"config": {"model_type": "qwen2"}})
+    caplog.set_level("INFO", "limbeck")
+    train_recipe(own, recipe.student_dir)
+    assert (
+        "reads " + str(recipe.student_dir / "final") + " as Qwen2Tokenizer, which cuts text otherwise"
+        in (recipe.student_dir / "training.log").read_text()
+    )

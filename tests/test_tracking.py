@@ -51,6 +51,15 @@ def test_another_training_in_the_folder_has_curves_of_its_own(recipe, packed, tm
     assert [step for step, _ in scalars(folder / "runs" / second["id"])["train/loss"]] == [5, 6, 7, 8]
 
 
+def test_a_run_that_starts_over_has_all_its_points(recipe, packed, tmp_path):
+    folder = tmp_path / "s"
+    with stopped_after(1):
+        train_recipe(tracked(recipe, logging_steps=2), folder)
+    train_recipe(tracked(recipe, resume=False), folder)
+    made = json.loads((folder / "tracking.json").read_text())
+    assert [step for step, _ in scalars(folder / "runs" / made["id"])["train/loss"]] == [1, 2, 3, 4, 5, 6]
+
+
 class FakeWandb(types.ModuleType):
     """What of wandb is asked for, written down."""
 

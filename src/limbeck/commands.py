@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from limbeck.config import Recipe
+from limbeck.config import ModelSource, Recipe
 from limbeck.config.unused import without_effect
 from limbeck.console import warn
 from limbeck.errors import ConfigError
@@ -52,12 +52,13 @@ def _next_commands(recipe: Recipe) -> list[str]:
     called = Path(sys.argv[0])
     beside = str(called) if called.name == "limbeck" else f"{sys.executable} -m limbeck"
     program = "limbeck" if shutil.which("limbeck") else beside
-    prompt = shlex.quote(recipe.generation.prompt.splitlines()[0])
-    other = recipe.root.parent / f"{recipe.root.name}-mine"
+    prompt = shlex.quote((recipe.generation.prompt.splitlines() or [""])[0])
+    root = shlex.quote(str(recipe.root))
+    other = shlex.quote(str(recipe.root.parent / f"{recipe.root.name}-mine"))
     return [
-        f"{program} generate {recipe.root} --prompt {prompt}",
-        f"{program} export {recipe.root} --format {'hf' if 'gguf' in recipe.pipeline.export else 'gguf'}",
-        f"{program} run {recipe.root} --dataset YOUR.txt --output-dir {other}",
+        f"{program} generate {root} --prompt {prompt}",
+        f"{program} export {root} --format {'hf' if 'gguf' in recipe.pipeline.export else 'gguf'}",
+        f"{program} run {root} --dataset YOUR.txt --output-dir {other}",
     ]
 
 
@@ -139,7 +140,7 @@ def generate(recipe: Recipe, options: Options) -> Result:
     from limbeck.training.run import student_folder
 
     folder = recipe.generation.model or student_folder(recipe.student_dir)
-    text = write_sample(recipe.generation, str(folder), recipe.training.device)
+    text = write_sample(recipe.generation, ModelSource(str(folder)), recipe.training.device)
     return Result({"model": str(folder), "prompt": recipe.generation.prompt, "text": text}, text)
 
 

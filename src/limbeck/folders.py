@@ -23,6 +23,8 @@ MANIFEST = "manifest.json"
 INPUTS = "inputs.json"
 #: A run's recipe as its user wrote it, flags included: what the folder of a run stands for on the command line.
 RECIPE = "recipe.yaml"
+#: Key of `inputs.json` for the checkpoint of another run or mode that a training started from.
+STARTED = "started_from"
 SCHEMA_VERSION = 1
 
 

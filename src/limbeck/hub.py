@@ -29,14 +29,26 @@ def commit_of(kind: str, name: str, revision: str | None = None) -> str:
     """
     from httpx2 import HTTPError
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
         info = HfApi().repo_info(name, revision=revision, repo_type=kind, timeout=_PATIENCE)
     except HFValidationError:
         raise HubError("it is no hub id either") from None
+    except GatedRepoError:
+        raise HubError(
+            "the hub gives it only to whom it knows (accept its terms there, then `hf auth login`)"
+        ) from None
     except RepositoryNotFoundError:
         raise HubError(f"the hub has no such {kind}, or keeps it private (`hf auth login`)") from None
+    except RevisionNotFoundError:
+        raise HubError(f"the hub has it without a revision {revision}") from None
     except (HfHubHTTPError, HTTPError, OSError) as error:
         raise HubError(f"the hub cannot be reached ({type(error).__name__})") from None
     return str(info.sha)

@@ -94,15 +94,20 @@ def plan(recipe: Recipe, last: str | None = None) -> list[StageReport]:
     Raises:
         LimbeckError: as `run_pipeline`, before it does anything.
     """
+    from limbeck.teachers.identity import nothing_written
+
     stages = select(build_stages(recipe), last)
-    _check_stages(recipe, stages)
     pending: set[str] = set()
     reports = []
-    for stage in stages:
-        to_run = bool(pending & set(stage.after)) or not stage.folder.is_kept()
-        if to_run:
-            pending.add(stage.name)
-        reports.append(StageReport(stage.name, "to run" if to_run else "done", 0.0, stage.needs() if to_run else ""))
+    with nothing_written():
+        _check_stages(recipe, stages)
+        for stage in stages:
+            to_run = bool(pending & set(stage.after)) or not stage.folder.is_kept()
+            if to_run:
+                pending.add(stage.name)
+            reports.append(
+                StageReport(stage.name, "to run" if to_run else "done", 0.0, stage.needs() if to_run else "")
+            )
     return reports
 
 
@@ -173,7 +178,7 @@ def _follow(stage: Stage) -> str:
 def _run(stage: Stage, *, force: bool) -> str:
     if ranks.rank() > 0:
         return _follow(stage)
-    folder = stage.folder
+    folder = stage.anew() if force else stage.folder
     if not force:
         done = folder.is_done()
         if (done or folder.found_done()) and not (done and stage.again):
@@ -182,6 +187,8 @@ def _run(stage: Stage, *, force: bool) -> str:
     say(f"{stage.name}: running")
     if not force and folder.recorded() not in (None, folder.fingerprint) and not stage.again:
         say(f"{stage.name}: {stage.replaces(folder)}" + stage.kept_where(folder))
+        if stage.sets_aside:
+            folder.set_aside()
     elif folder.recorded() is None and (hint := stage.hint()) is not None:
         say(f"{stage.name}: {hint}")
     with plain_disk_errors(stage.path):

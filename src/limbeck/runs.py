@@ -3,6 +3,7 @@
 The one idea: every folder says itself what it was made from and whether it is finished, so nothing is kept about them.
 """
 
+import contextlib
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.errors import LimbeckError
-from limbeck.folders import INPUTS, MANIFEST, RECIPE, StageFolder, differences
+from limbeck.folders import INPUTS, MANIFEST, RECIPE, STARTED, StageFolder, differences
 from limbeck.storage import folder_lock, read_json
 
 _PREVIOUS = "previous"
@@ -77,12 +78,20 @@ def _stage_folders(path: Path) -> Iterator[Path]:
 
 def _held(path: Path, present: Path | None = None) -> HeldFolder:
     done = (path / MANIFEST).is_file()
-    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file() and not file.is_symlink())
+    size = sum(_bytes_of(file) for file in path.rglob("*") if file.is_file() and not file.is_symlink())
     differs = None
     if present is not None and (present / INPUTS).is_file():
         one, other = (StageFolder(place, "run", {}).recorded_inputs() for place in (path, present))
         differs = differences(one, other) or "nothing"
     return HeldFolder(path, "complete" if done else "unfinished", size, _about(path) if done else "", differs)
+
+
+def _bytes_of(file: Path) -> int:
+    """Its size; a training may just have renamed it."""
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _about(path: Path) -> str:
@@ -100,18 +109,34 @@ def _about(path: Path) -> str:
 
 
 def prune(runs: Sequence[HeldRun], *, dry: bool = False) -> list[HeldFolder]:
-    """Delete the earlier results of runs; returns them. With `dry` they are only named."""
+    """Delete the earlier results of runs but for those that a present one started from; returns them.
+
+    With `dry` they are only named.
+    """
     gone = []
     for run in runs:
-        if not run.previous:
-            continue
-        with folder_lock(run.path):  # a run that is at work may be moving one of them
+        with contextlib.nullcontext() if dry or not run.previous else folder_lock(run.path):
+            present = {
+                str(path.resolve()) for path in _stage_folders(run.path / _PREVIOUS)
+            }  # one may have been put back
+            needed = {str(Path(path).parent) for path in _started_from(run.path)}
             for held in run.previous:
+                place = str(held.path.resolve())
+                if place not in present or place in needed:
+                    continue
                 gone.append(held)
                 if not dry:
                     StageFolder(held.path, "run", {}).clear()
-                    shutil.rmtree(held.path)
+                    shutil.rmtree(held.path, ignore_errors=True)
     return gone
+
+
+def _started_from(run: Path) -> Iterator[str]:
+    """Checkpoints that trainings of the run started from."""
+    for inputs in run.rglob(INPUTS):
+        started = read_json(inputs).get(STARTED)
+        if started is not None:
+            yield str(started["path"])
 
 
 def as_records(runs: Sequence[HeldRun]) -> list[dict[str, Any]]:

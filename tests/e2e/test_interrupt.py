@@ -44,11 +44,13 @@ def started(recipe):
     )  # fmt: skip
 
 
+def step_lines(log) -> int:
+    return log.read_text().count("elapsed=") if log.exists() else 0
+
+
 def until_training(process, log, lines):
-    """Wait until the log holds more lines than before: training goes on."""
-    while process.poll() is None:
-        if log.exists() and len(log.read_text().splitlines()) > lines:
-            return
+    """Wait until the log holds more lines of steps than before: training goes on."""
+    while process.poll() is None and step_lines(log) <= lines:
         time.sleep(0.01)
 
 
@@ -61,7 +63,7 @@ def interrupted(ground, name, times, numbers):
         log = folder / "student" / "training.log"
         process = started(recipe)
         if attempt < times:
-            until_training(process, log, len(log.read_text().splitlines()) if log.exists() else 0)
+            until_training(process, log, step_lines(log))
             time.sleep(chance.uniform(0.0, 0.15))
             number = numbers[attempt % len(numbers)]
             process.send_signal(number)
@@ -70,7 +72,8 @@ def interrupted(ground, name, times, numbers):
             break
         assert process.returncode == 128 + number, stderr
         saved = sorted(int(path.name.removeprefix("step_")) for path in (folder / "student").glob("step_*"))
-        assert f"stopped after step {saved[-1]}; run the same command again to go on from there" in stderr
+        kept = folder / "student" / f"step_{saved[-1]}"
+        assert f"stopped after step {saved[-1]}; the same command goes on from {kept}" in stderr
         assert "Traceback" not in stderr
         stops += 1
     return folder, stops

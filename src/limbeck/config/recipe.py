@@ -302,7 +302,9 @@ class Recipe(Section):
         length = {"max_steps": stage.max_steps} if stage.max_steps else {"num_train_epochs": stage.num_epochs}
         tree["training"] = {**tree["training"], "max_steps": -1, **length}
         tree["training"]["output_dir"] = self.student_dir / stage.stage_name
-        tree["teacher"] = {**tree.get("teacher", {}), "temperatures": list(self.temperatures)}
+        teacher = self.teacher
+        if teacher.temperatures is not None or teacher.model is not None or teacher.is_remote:
+            tree["teacher"] = {**tree.get("teacher", {}), "temperatures": list(self.temperatures)}
         tree["output_dir"] = self.root
         tree.pop("stages", None)
         if stage.parameter_lr_multipliers is not None:

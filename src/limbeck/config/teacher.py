@@ -84,6 +84,8 @@ class RemoteTeacherConfig(Section):
         for url in words if isinstance(words, list) else []:
             if not isinstance(url, str) or not re.match(r"^https?://[^/\s]+", url):
                 raise ValueError(f"{url!r} is no URL; write http://HOST:PORT or https://HOST")
+            if "?" in url:
+                raise ValueError("an endpoint must not hold a query; name a key's variable in teacher.api_key_env")
             if "@" in url.split("//", 1)[1].partition("/")[0]:
                 raise ValueError("an endpoint must not hold a user or a key; name a variable in teacher.api_key_env")
         return [url.rstrip("/") for url in words] if isinstance(words, list) else words

@@ -109,12 +109,14 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     path = resolve_model(name)
-    require_reachable(name, "tokenizer")
+    require_reachable(name, "tokenizer", revision)
     has_json = _refuse_large_ids(name, path, revision)
     # AutoTokenizer may take a class that the model's type suggests, and that makes its own splitting rule.
     kind = PreTrainedTokenizerFast if has_json and not trust_remote_code else AutoTokenizer
     try:
         hf = kind.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        if hf.eos_token_id is None:  # GPT-2's files leave it to the class
+            _take_special_tokens(hf, AutoTokenizer.from_pretrained(path, revision=revision))
     except (OSError, ValueError) as error:
         raise LimbeckError(f"tokenizer {name!r} could not be loaded: {_no_tokenizer(path, error)}") from error
     if not hf.is_fast:
@@ -135,6 +137,15 @@ def _no_tokenizer(path: str, error: Exception) -> str:
     if folder.is_dir() and not (folder / "tokenizer.json").is_file():
         return f"{folder} has no tokenizer.json. Name a model's folder, or a hub id."
     return str(error).strip().splitlines()[0][:300]
+
+
+def _take_special_tokens(hf: Any, other: Any) -> None:
+    """Name the tokens that another reading of the same files names, where they are in the vocabulary."""
+    vocab = hf.get_vocab()
+    for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        token = getattr(other, key)
+        if getattr(hf, key) is None and token in vocab:
+            setattr(hf, key, token)
 
 
 def read_as_other(folder: Path, own: LoadedTokenizer) -> str | None:

@@ -6,12 +6,14 @@ from limbeck.data.tokenizer import load_tokenizer
 from limbeck.models import load_frozen
 
 
-def write_sample(settings: GenerationConfig, model_name: str, device: str | None = None) -> str:
-    """Continue the prompt with the model in a folder; returns prompt and continuation."""
+def write_sample(
+    settings: GenerationConfig, source: ModelSource, device: str | None = None, dtype: str = "auto"
+) -> str:
+    """Continue the prompt with a model; returns prompt and continuation."""
     from transformers import set_seed
 
-    tokenizer = load_tokenizer(model_name).hf
-    model = load_frozen(ModelSource(model_name), "auto", device)
+    tokenizer = load_tokenizer(*source).hf
+    model = load_frozen(source, dtype, device)
     set_seed(settings.seed)
     inputs = tokenizer(settings.prompt, return_tensors="pt").to(model.device)
     sampling = (

@@ -9,6 +9,7 @@ from limbeck.config.recipe import ExportConfig
 from limbeck.data.tokenizer import LoadedTokenizer
 from limbeck.errors import ConfigError, LimbeckError
 from limbeck.export.gguf import GGUFLayout
+from limbeck.export.run import require_group, require_precision
 from limbeck.export.vocabulary import check_vocabulary
 
 
@@ -45,6 +46,9 @@ def check_export(
         try:
             if kind == "packed" and not ternary:
                 raise LimbeckError("the student has no ternary weights to pack. Set student.ternary.")
+            if kind == "hf":
+                require_precision(section.rest)
+            require_group(section.group_size, ternary.get("group_size"))
             if kind != "gguf":
                 found.append(kind)
                 continue

@@ -1,6 +1,7 @@
 """`limbeck export`: from a run's folder to a file that other programs read, with proof if wanted."""
 
 import contextlib
+import shlex
 import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -27,7 +28,7 @@ def export_student(section: ExportConfig, run: Path, name: str, *, verify: bool 
         LimbeckError: there is no model, it can not be expressed in the format, or the file is not exactly it.
     """
     folder = model_folder(run)
-    _check_group(folder, section.group_size)
+    require_group(section.group_size, ternary_settings(folder).get("group_size"))
     before = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     result = {"model": str(folder), "checkpoint_mb": before / 1e6}
     if section.format == "packed":
@@ -39,29 +40,30 @@ def export_student(section: ExportConfig, run: Path, name: str, *, verify: bool 
 
 def next_steps(format: str, output: str, name: str) -> list[str]:  # noqa: A002 (the key's name)
     """What to type to use an exported model, line by line."""
+    modelfile = shlex.quote(str(Path(output).with_suffix(".Modelfile")))
+    output, tag = shlex.quote(output), shlex.quote(name.lower())
     own = f"limbeck generate {output} --prompt 'Once upon a time'"
     if format == "gguf":
-        tag = name.lower()
         return [
             f"llama-cli -m {output} -p 'Once upon a time' -n 64",
             f"llama-server -m {output} --port 8080",
-            f"ollama create {tag} -f {Path(output).with_name('Modelfile')} && ollama run {tag}",
+            f"ollama create {tag} -f {modelfile} && ollama run {tag}",
             f"limbeck inspect {output}",
         ]
-    loads = f"AutoModelForCausalLM.from_pretrained('{output}')"
+    loads = f"AutoModelForCausalLM.from_pretrained({output!r})"
     if format == "packed":
         return [own, f'python -c "import limbeck; from transformers import AutoModelForCausalLM; {loads}"']
     return [own, f"vllm serve {output}", f'python -c "from transformers import AutoModelForCausalLM; {loads}"']
 
 
 def _plain(section: ExportConfig, run: Path, folder: Path) -> dict[str, Any]:
-    from limbeck.export.plain import DTYPES, difference, export_plain
+    from limbeck.export.plain import difference, export_plain
     from limbeck.export.verify import held_out_rows
 
-    if section.rest not in DTYPES:
-        raise ConfigError(f"--rest is {section.rest} and --format hf writes {', '.join(DTYPES)}; choose one of them.")
+    require_precision(section.rest)
     source = ExportSource.open(folder)
     target = section.output or _default_output(run, folder, "hf")
+    _refuse_full_folder(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     with _own(target):
         size = export_plain(source, target, section.rest)
@@ -86,8 +88,40 @@ def _own(target: Path) -> Iterator[None]:
         yield
 
 
-def _check_group(folder: Path, wanted: int | None) -> None:
-    trained = ternary_settings(folder).get("group_size")
+_OURS = {".json", ".safetensors", ".jinja", ".txt", ".model", ".md"}
+
+
+def _refuse_full_folder(target: Path) -> None:
+    """A folder is written as a whole: refuse one that holds anything but an earlier model.
+
+    Raises:
+        ConfigError: names what is there.
+    """
+    held = [path for path in target.iterdir() if not path.name.startswith(".")] if target.is_dir() else []
+    others = [path.name for path in held if path.is_dir() or path.suffix not in _OURS]
+    if target.is_file() or (held and (others or not (target / "config.json").is_file())):
+        what = (others or [path.name for path in held] or [target.name])[0]
+        raise ConfigError(f"{target} would be replaced and holds {what}. Name a new folder with --output.")
+
+
+def require_precision(rest: str) -> None:
+    """Refuse a precision in which plain weights are not written.
+
+    Raises:
+        ConfigError: names those that there are.
+    """
+    from limbeck.export.plain import DTYPES
+
+    if rest not in DTYPES:
+        raise ConfigError(f"--rest is {rest} and --format hf writes {', '.join(DTYPES)}; choose one of them.")
+
+
+def require_group(wanted: int | None, trained: int | str | None) -> None:
+    """Refuse other groups than those of training.
+
+    Raises:
+        ConfigError: names both.
+    """
     if wanted is not None and wanted != trained:
         raise ConfigError(
             f"--group-size is {wanted} and the student was trained with groups of {trained}. Leave it out, or train "
@@ -102,6 +136,7 @@ def _packed(section: ExportConfig, run: Path, folder: Path, verify: bool) -> dic
     if not source.ternary:
         raise LimbeckError(f"{folder} has no ternary weights to pack. Train it with student.ternary.")
     target = section.output or _default_output(run, folder, "packed")
+    _refuse_full_folder(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     with _own(target):
         found = export_packed(source, target, section.rest)
@@ -128,7 +163,7 @@ def _gguf(section: ExportConfig, run: Path, folder: Path, name: str, verify: boo
         target = target / f"{name}.gguf"
     with _own(target):
         found = export.write(target)
-        atomic_write_text(target.with_name("Modelfile"), f"FROM ./{target.name}\n")
+        atomic_write_text(target.with_suffix(".Modelfile"), f"FROM ./{target.name}\n")
     say(f"GGUF in {target}")
     result: dict[str, Any] = {"output": str(target), "type": found["type"], "gguf_mb": found["bytes"] / 1e6}
     if not verify:

@@ -62,6 +62,15 @@ class Stage(ABC):
         """Its folder with its inputs."""
         return StageFolder(self.path, self.command, self.inputs(), self.backup)
 
+    def anew(self) -> StageFolder:
+        """The folder when its result is made again whatever is there."""
+        return self.folder
+
+    @property
+    def sets_aside(self) -> bool:
+        """True when an earlier result is moved away before the stage looks at anything, as its message says."""
+        return False
+
     @property
     def keeps_recipe(self) -> bool:
         """True when the run's folder keeps the recipe that this stage was begun with."""

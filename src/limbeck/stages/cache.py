@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from limbeck.config import Recipe
 from limbeck.errors import LimbeckError
-from limbeck.folders import MANIFEST, StageFolder
+from limbeck.folders import StageFolder
 from limbeck.manifests import CacheManifest, PackedManifest
 from limbeck.registry import STAGES
 from limbeck.stages.base import Stage, check_source
@@ -42,8 +42,18 @@ class CacheStage(Stage):
         if StageFolder(self.path, self.command, wanted, self.backup).is_kept():
             return wanted
         earlier = sorted(self.backup.glob(f"{self.path.name}-*")) if self.backup is not None else []
-        found = (answering(folder, wanted, rows) for folder in (self.path, *earlier))
-        return next((held for held in found if held is not None), wanted)
+        # The folder itself once more: another rank may just have put an earlier one there.
+        for folder in (self.path, *earlier, self.path):
+            held = answering(folder, wanted, rows)
+            if held is not None and StageFolder(self.path, self.command, held, self.backup).is_kept():
+                return held
+        return wanted
+
+    def anew(self) -> StageFolder:
+        """What is made again is made for this recipe alone, whatever a wider cache answered."""
+        if not self._brought():
+            self.__dict__["folder"] = StageFolder(self.path, self.command, self._wanted, self.backup)
+        return self.folder
 
     @cached_property
     def _wanted(self) -> dict[str, Any]:
@@ -67,7 +77,10 @@ class CacheStage(Stage):
         """
         from limbeck.teachers.reuse import cost, lacks
 
-        held = CacheManifest.read(self.path) if (self.path / MANIFEST).is_file() else None
+        try:
+            held = CacheManifest.read(self.path)
+        except LimbeckError:  # unfinished, or damaged
+            held = None
         made_from = folder.recorded_inputs()
         missing = lacks(made_from, self._wanted, self._rows) if made_from else []
         splits = PackedManifest.read(self.recipe.packed_dir).splits

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from limbeck.config import Recipe
+from limbeck.config import ModelSource, Recipe
 from limbeck.folders import StageFolder
 from limbeck.manifests import SampleManifest, StudentManifest
 from limbeck.models import model_identity
@@ -35,17 +35,17 @@ class GenerateStage(Stage):
         return [cls(recipe, [stage for stage in before if isinstance(stage, TrainStage)])]
 
     @property
-    def _teacher(self) -> str | None:
+    def _teacher(self) -> ModelSource | None:
         """The teacher's model, where it is in this process."""
         teacher = self.recipe.teacher
-        return None if teacher.is_remote or not self.recipe.distils else teacher.model
+        return None if teacher.is_remote or not self.recipe.distils else teacher.source
 
     def inputs(self) -> dict[str, Any]:
         """The models and how they are sampled."""
-        revision = self.recipe.teacher.revision
+        teacher = self._teacher
         return {
             "students": {name: StudentManifest.read(path).weights for name, path in self.students.items()},
-            "teacher": None if self._teacher is None else model_identity(self._teacher, revision),
+            "teacher": None if teacher is None else model_identity(teacher.name, teacher.revision),
             "generation": self.recipe.generation.model_dump(mode="json"),
         }
 
@@ -55,10 +55,12 @@ class GenerateStage(Stage):
 
         recipe = self.recipe
         folder.begin(replace=force)
-        models = {} if self._teacher is None else {"teacher": self._teacher}
-        models |= {name: str(path / "final") for name, path in self.students.items()}
-        device = recipe.training.device
-        samples = {name: write_sample(recipe.generation, model, device) for name, model in models.items()}
+        section, device, local = recipe.generation, recipe.training.device, recipe.teacher.local
+        samples = {}
+        if self._teacher is not None:
+            samples["teacher"] = write_sample(section, self._teacher, local.device or device, local.dtype)
+        for name, path in self.students.items():
+            samples[name] = write_sample(section, ModelSource(str(path / "final")), device)
         write_json(folder.path / _SAMPLES, samples)
         atomic_write_text(folder.path / "sample.txt", samples[next(iter(self.students))])
         SampleManifest(fingerprint=folder.fingerprint).write(folder.path)

@@ -14,6 +14,8 @@ from limbeck.registry import STAGES
 from limbeck.stages.base import Stage, check_source
 from limbeck.storage import fingerprint
 
+_LENGTHS = ("max_steps", "num_train_epochs")
+
 
 @STAGES.register("train")
 class TrainStage(Stage):
@@ -96,19 +98,22 @@ class TrainStage(Stage):
         recorded, wanted = folder.recorded_inputs(), folder.inputs
         if folder.backup is None or "training" not in recorded or "training" not in wanted:
             return changed
-        lengths = ("max_steps", "num_train_epochs")
+        old, new = recorded["training"], wanted["training"]
         rest = [
-            {**inputs, "training": {key: value for key, value in inputs["training"].items() if key not in lengths}}
-            for inputs in (recorded, wanted)
+            {**inputs, "training": {**inputs["training"], **dict.fromkeys(_LENGTHS)}} for inputs in (recorded, wanted)
         ]
-        if fingerprint(rest[0]) != fingerprint(rest[1]):
+        key = _LENGTHS[0] if new[_LENGTHS[0]] > 0 else _LENGTHS[1]
+        if fingerprint(rest[0]) != fingerprint(rest[1]) or not 0 < old[key] < new[key]:
             return changed
-        flags = " ".join(f"--{key.replace('_', '-')} {wanted['training'][key]}" for key in lengths
-                         if recorded["training"][key] != wanted["training"][key])  # fmt: skip
         return (
             f"{changed}. It is trained from the beginning; to extend the earlier one instead, stop here and give "
-            f"`{flags} --resume-from {folder.place_in_backup()}`"
+            f"`--{key.replace('_', '-')} {new[key]} --resume-from {folder.place_in_backup()}`"
         )
+
+    @property
+    def sets_aside(self) -> bool:
+        """True but for trainings in stages, whose stages decide for themselves what still holds."""
+        return self.backup is not None and not self.recipe.stages.enabled
 
     def needs(self) -> str:
         """The student's size, and how much is trained."""

@@ -118,6 +118,11 @@ class TeacherCache(Teacher):
                 f"{self.folder} keeps {self.spec.top_k} ids a position and teacher.top_k is {top_k}. Set --top-k "
                 f"{self.spec.top_k}, or make the cache again into another folder."
             )
+        if top_k is not None and top_k < self.spec.top_k and self.spec.sampling_temperature is not None:
+            raise MismatchError(
+                f"{self.folder} keeps {self.spec.top_k} drawn ids a position, of which none can be left out, and "
+                f"teacher.top_k is {top_k}. Leave it out."
+            )
         absent = [value for value in temperatures or () if value not in self.temperatures]
         if absent:
             raise MismatchError(

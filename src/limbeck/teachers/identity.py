@@ -4,7 +4,8 @@ The one idea: a fingerprint where the server tells one, else its signature, kept
 within tolerance. Where the server listens is no part of it, and finished work is found done when it is gone.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ _FOUND: dict[tuple[str, ...], Discovery] = {}
 #: Who answered, and who is remembered where nobody did.
 _ANSWERED: dict[tuple[str, ...], dict[str, Any]] = {}
 _REMEMBERED: dict[tuple[str, ...], dict[str, Any]] = {}
+#: Not empty while nothing is to be written (`nothing_written`).
+_LOOKING: list[bool] = []
 
 
 def connection(section: RemoteTeacherConfig) -> dict[str, Any]:
@@ -139,6 +142,8 @@ class EndpointMemory:
 
     def _record(self, found: Discovery) -> dict[str, Any]:
         """Keep who answered, in this process and in the run's folder."""
+        if _LOOKING:
+            return _identity(found.info, found.signature, _read(self._path)["signatures"] + self._recorded())
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / f".{_MEMORY}.lock"):  # ranks ask at once, and must agree on a name
             held = _read(self._path)
@@ -159,6 +164,16 @@ class EndpointMemory:
             if isinstance(who, dict) and isinstance(who.get("signature"), dict):
                 found.append(who["signature"])
         return found
+
+
+@contextlib.contextmanager
+def nothing_written() -> Iterator[None]:
+    """Who answers is asked and not remembered: for who only wants to know what would be done."""
+    _LOOKING.append(True)
+    try:
+        yield
+    finally:
+        _LOOKING.pop()
 
 
 def _read(memory: Path) -> dict[str, Any]:

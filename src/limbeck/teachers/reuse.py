@@ -11,7 +11,7 @@ from typing import Any
 
 from limbeck.data.dataset import PackedDataset
 from limbeck.errors import LimbeckError
-from limbeck.folders import MANIFEST, StageFolder
+from limbeck.folders import StageFolder
 from limbeck.manifests import CacheManifest
 
 #: Inputs of a cache that say how it lies on disk, and nothing of what is in it.
@@ -65,12 +65,10 @@ def _count(rows: PackedDataset, inputs: Mapping[str, Any]) -> int:
 
 def answering(folder: Path, wanted: Mapping[str, Any], rows: PackedDataset) -> dict[str, Any] | None:
     """The inputs of a finished cache that answers the request; None when this one does not."""
-    if not (folder / MANIFEST).is_file():
-        return None
     try:
-        held = StageFolder(folder, CacheManifest.command, {}).recorded_inputs()
         CacheManifest.read(folder)
-    except LimbeckError:
+        held = StageFolder(folder, CacheManifest.command, {}).recorded_inputs()
+    except (LimbeckError, OSError):  # unfinished, damaged, or just being moved
         return None
     return held if held and not lacks(held, wanted, rows) else None
 

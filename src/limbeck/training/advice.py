@@ -51,7 +51,7 @@ def _overfits(curves: Curves) -> str | None:
 def _clipped(curves: Curves) -> str | None:
     limit = curves.recipe.training.max_grad_norm
     norms = curves.values("grad_norm")
-    if limit == 0 or len(norms) < 4 or curves.recipe.optimizer.name != "adamw":
+    if limit == 0 or len(norms) < 4 or curves.recipe.optimizer.for_matrices != "adamw":
         return None  # Muon and Lion take a gradient's direction, whatever its size
     share = sum(norm > limit for norm in norms) / len(norms)
     if share < 0.5:

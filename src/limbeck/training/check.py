@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from limbeck.config import LossConfig, Recipe
+from limbeck.config import LossConfig, ModelSource, Recipe
 from limbeck.data.dataset import PackedDataset
 from limbeck.data.tokenizer import LoadedTokenizer, load_tokenizer, recipe_tokenizer
 from limbeck.errors import ConfigError, LimbeckError, MismatchError
@@ -54,7 +54,7 @@ def check_student(recipe: Recipe) -> None:
     section = recipe.student
     student, tokenizer = planned_student(recipe)
     if tokenizer is not None and section.source is not None:
-        _require_vocabulary(section.source.name, tokenizer)
+        _require_vocabulary(section.source, tokenizer)
     if student is None:
         return
     chosen, rules = settled(recipe), recipe.parameter_lr_multipliers
@@ -86,17 +86,17 @@ def planned_student(recipe: Recipe) -> tuple[Any | None, LoadedTokenizer | None]
     return outline_of(recipe.student, keys, recipe.dataset.max_length), tokenizer
 
 
-def _require_vocabulary(model: str, tokenizer: LoadedTokenizer) -> None:
+def _require_vocabulary(source: ModelSource, tokenizer: LoadedTokenizer) -> None:
     """Pretrained weights know the ids of their own tokenizer; where they come with one, it has the data's ids."""
     try:
-        own = load_tokenizer(model)
+        own = load_tokenizer(*source)
     except LimbeckError:
         return  # weights alone
     one, other = own.hf.get_vocab(), tokenizer.hf.get_vocab()
     differ = [token for token, number in one.items() if other.get(token, number) != number or token not in other]
     if len(differ) > max(len(one), len(other)) // 100:  # a few added tokens are no other vocabulary
         raise MismatchError(
-            f"student.model {model} was trained with ids of its own tokenizer, and the data have those of "
+            f"student.model {source.name} was trained with ids of its own tokenizer, and the data have those of "
             f"{tokenizer.name}: {len(differ):,} of {len(one):,} tokens differ (the first: {differ[0]!r}). Choose a "
             "student of the teacher's vocabulary, or describe a new one in student.config."
         )

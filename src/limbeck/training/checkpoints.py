@@ -80,25 +80,31 @@ def steps(folder: Path) -> list[int]:
 
 def newest(folder: Path) -> Path | None:
     """The checkpoint that `latest` names, or else the newest whole one, verified; None when there is none."""
+    path = _newest_whole(folder)
+    if path is not None:
+        verify(path)
+    return path
+
+
+def _newest_whole(folder: Path) -> Path | None:
+    """The same, as far as names tell."""
     found = steps(folder)
     if not found:
         return None
-    path = folder / f"step_{found[-1]}"
     pointer = folder / LATEST
     if pointer.exists():
         named = inside(folder, pointer.read_text(encoding="utf-8").strip() or ".")
         if (named / MANIFEST).exists() and _NAME.match(named.name):
-            path = named
-    verify(path)
-    return path
+            return named
+    return folder / f"step_{found[-1]}"
 
 
 def what_remains(folder: Path | str) -> str:
     """What the same command does next, in a few words: where it goes on, or that it starts over."""
-    found = steps(Path(folder))
-    if not found:
+    found = _newest_whole(Path(folder))
+    if found is None:
         return "the same command starts over, as no checkpoint had been saved"
-    return f"the same command goes on from {Path(folder) / f'step_{found[-1]}'}"
+    return f"the same command goes on from {found}"
 
 
 def verify(folder: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from limbeck.config.training import TrainingConfig
 from limbeck.console import say
-from limbeck.folders import INPUTS, MANIFEST, StageFolder
+from limbeck.folders import INPUTS, MANIFEST, STARTED, StageFolder
 from limbeck.storage import atomic_write_text, read_json
 from limbeck.training.checkpoints import (
     PROGRESS,
@@ -23,8 +23,6 @@ from limbeck.training.checkpoints import (
     resolve_resume,
     steps,
 )
-
-_STARTED = "started_from"
 
 
 def begin(
@@ -57,7 +55,7 @@ def begin(
         inside = found.parent.resolve() == stage.path.resolve()
         started = {"path": str(found.resolve()), "step": checkpoint_step(found), "inside": inside}
         (stage.path / MANIFEST).unlink(missing_ok=True)
-        stage.record(**{_STARTED: started})
+        stage.record(**{STARTED: started})
     else:
         stage.begin(replace=force)
     remove_partial(stage.path)
@@ -67,7 +65,7 @@ def begin(
 
 def _record(stage: StageFolder) -> dict[str, Any] | None:
     path = stage.path / INPUTS
-    found: dict[str, Any] | None = read_json(path).get(_STARTED) if path.exists() else None
+    found: dict[str, Any] | None = read_json(path).get(STARTED) if path.exists() else None
     return found
 
 

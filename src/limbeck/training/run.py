@@ -23,7 +23,7 @@ from limbeck import ranks
 from limbeck.config import Recipe, StudentConfig
 from limbeck.console import say, warn
 from limbeck.data.dataset import PackedDataset
-from limbeck.data.tokenizer import LoadedTokenizer, recipe_tokenizer
+from limbeck.data.tokenizer import LoadedTokenizer, read_as_other, recipe_tokenizer
 from limbeck.errors import LimbeckError
 from limbeck.folders import StageFolder
 from limbeck.losses.objective import Context, Objectives
@@ -127,7 +127,7 @@ def train_one(recipe: Recipe, stage: StageFolder, start: Path | None, force: boo
             _record_provenance(stage, recipe.training.mode, resume, changed)
         trainer.settings_id = stage.fingerprint
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        return _finish(trainer, stage, recipe)
+        return _finish(trainer, stage, recipe, tokenizer)
 
 
 def check_plan(recipe: Recipe, student: Any, rows: PackedDataset, teacher: Teacher | None = None) -> list[str]:
@@ -222,7 +222,8 @@ def _trainer(
     folder = stage.path
     name = recipe.name if folder == recipe.student_dir else f"{recipe.name}-{folder.name}"
     tree = json.loads(recipe.model_dump_json())
-    tracking = Tracking(recipe.tracking, folder, name, stage.fingerprint, tree, main=ranks.rank() == 0)
+    main, anew = ranks.rank() == 0, not recipe.training.resume
+    tracking = Tracking(recipe.tracking, folder, name, stage.fingerprint, tree, main=main, anew=anew)
     arguments = arguments_from_recipe(recipe, folder)
     arguments.project, arguments.run_name = recipe.tracking.project, f"{tracking.name}-{tracking.id}"
     trainer = DistillationTrainer(
@@ -267,7 +268,7 @@ def _record_provenance(stage: StageFolder, mode: str, resume: Path | None, chang
         lines.write(json.dumps(entry, sort_keys=True) + "\n")
 
 
-def _finish(trainer: Any, stage: StageFolder, recipe: Recipe) -> StudentManifest | None:
+def _finish(trainer: Any, stage: StageFolder, recipe: Recipe, tokenizer: LoadedTokenizer) -> StudentManifest | None:
     """Write `final/` and `best/`, then the manifest with what the curves advise."""
     folder, state = stage.path, trainer.state
     final, partial = folder / "final", temporary_for(folder / "final")
@@ -293,6 +294,11 @@ def _finish(trainer: Any, stage: StageFolder, recipe: Recipe) -> StudentManifest
         ).write(folder)
         say(f"trained {state.global_step} steps; weights in {final}")
         say(f"advice: {advice}")
+        if (other := read_as_other(final, tokenizer)) is not None:
+            warn(
+                f"AutoTokenizer of transformers reads {final} as {other}, which cuts text otherwise. Outside limbeck "
+                "load its tokenizer with PreTrainedTokenizerFast.from_pretrained"
+            )
     trainer.accelerator.wait_for_everyone()
     return manifest
 

@@ -31,17 +31,26 @@ class Tracking:
         name: the run's.
         fingerprint: of what is trained from; with another one the curves are others.
         recipe: the resolved recipe, which trackers show as the run's configuration.
+        anew: what was told before is another run's: this one does not resume.
         main: the process is the one that tracks.
     """
 
     def __init__(
-        self, section: TrackingConfig, folder: Path, name: str, fingerprint: str, recipe: dict[str, Any], *, main: bool
+        self,
+        section: TrackingConfig,
+        folder: Path,
+        name: str,
+        fingerprint: str,
+        recipe: dict[str, Any],
+        *,
+        main: bool,
+        anew: bool = False,
     ) -> None:
         self.section, self.recipe, self._main = section, recipe, main
         self._started = False
         self._path = folder / _FILE
         held = read_json(self._path) if main and self._path.is_file() else {}
-        known = held.get("fingerprint") == fingerprint
+        known = held.get("fingerprint") == fingerprint and not anew
         fresh: dict[str, Any] = {"id": uuid.uuid4().hex[:8], "fingerprint": fingerprint, "told": {}}
         self._record = dict(held) if known else fresh
         self.id = str(self._record["id"])
@@ -96,24 +105,21 @@ class Tracking:
         """Let the trainer's trackers hear of each step once."""
         for callback in trainer.callback_handler.callbacks:
             if type(callback).__name__ in _TRACKERS:
-                callback.on_log = self._once(callback.on_log)
-        trainer.add_callback(_Told(self))
+                callback.on_log = self._once(type(callback).__name__, callback.on_log)
+        trainer.add_callback(_Recipe(self))
 
-    def _once(self, on_log: Callable[..., None]) -> Callable[..., None]:
-        """The same, left out for steps that were told before the run was resumed."""
+    def _once(self, tracker: str, on_log: Callable[..., None]) -> Callable[..., None]:
+        """The same, left out for steps that the tracker was told before the run was resumed."""
 
         def gated(args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-            if state.global_step > self._record["told"].get(_kind(logs or {}), -1):
+            told, kind = self._record["told"].setdefault(tracker, {}), _kind(logs or {})
+            if state.global_step > told.get(kind, -1):
                 on_log(args, state, control, logs=logs, **kwargs)
+                if self._main:
+                    told[kind] = state.global_step
+                    self._keep()
 
         return gated
-
-    def told(self, step: int, logs: dict[str, Any]) -> None:
-        """Remember, once every tracker has heard."""
-        kind = _kind(logs)
-        if self._main and step > self._record["told"].get(kind, -1):
-            self._record["told"][kind] = step
-            self._keep()
 
 
 def _kind(logs: dict[str, Any]) -> str:
@@ -123,8 +129,8 @@ def _kind(logs: dict[str, Any]) -> str:
     return "evaluations" if any(key.startswith("eval_") for key in logs) else "ends"
 
 
-class _Told(TrainerCallback):
-    """The last callback: what it hears, the trackers before it have heard; and trackio learns the recipe."""
+class _Recipe(TrainerCallback):
+    """The last callback, after the trackers' own: trackio learns the recipe, and what was begun is ended."""
 
     def __init__(self, tracking: Tracking) -> None:
         self._tracking = tracking
@@ -139,8 +145,3 @@ class _Told(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The next training of this process is another run."""
         self._tracking.end()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Remember the step."""
-        if state.is_world_process_zero and logs:
-            self._tracking.told(state.global_step, logs)
