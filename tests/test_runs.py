@@ -85,6 +85,23 @@ def test_runs_lists_what_is_there_and_prunes_what_was(longer, tmp_path):
     assert (tmp_path / "run" / "student" / "final" / "config.json").is_file()
 
 
+def test_force_and_resume_from_exclude_each_other(longer, tmp_path):
+    folder = tmp_path / "run" / "student"
+    before = digest(folder, "**/*.safetensors")
+    refused = limbeck("train", longer, "--force", "--resume-from", folder, check=False)
+    assert refused.returncode == 2
+    assert "--force starts over and training.resume_from goes on from" in refused.stderr
+    assert digest(folder, "**/*.safetensors") == before
+
+
+def test_a_student_that_starts_from_the_folders_own_weights_keeps_them_until_they_are_read(longer, tmp_path):
+    """They lie in the folder that the new training moves away."""
+    final = tmp_path / "run" / "student" / "final"
+    limbeck("train", longer, "--student-model", final, "--max-steps", "2")
+    assert read_json(tmp_path / "run" / "student" / "manifest.json")["steps"] == 2
+    assert len(list((tmp_path / "run" / "previous").glob("student-*"))) == 1
+
+
 def test_a_shorter_run_is_not_told_to_extend_anything(longer):
     told = limbeck("train", longer, "--max-steps", "2").stderr
     assert "training.max_steps: 4 -> 2" in told

@@ -174,5 +174,7 @@ def test_a_folder_of_somebody_elses_is_not_replaced(tmp_path, kind):
     refused = limbeck("export", tmp_path / "final", "--format", kind, "--output", mine, check=False)
     assert f"{mine} would be replaced and holds thesis. Name a new folder with --output." in refused.stderr
     assert (mine / "thesis" / "chapter.tex").read_text() == "years"
+    source = limbeck("export", tmp_path / "final", "--format", kind, "--output", tmp_path / "final", check=False)
+    assert "final would be replaced and holds" in source.stderr
     for _ in range(2):  # its own it replaces
         limbeck("export", tmp_path / "final", "--format", kind, "--output", tmp_path / "out")

@@ -104,6 +104,10 @@ def _for_caching(recipe: Recipe) -> Recipe:
 
 
 def _pipeline(recipe: Recipe, last: str | None, options: Options) -> Result:
+    if options.force and recipe.training.resume_from is not None:
+        raise ConfigError(
+            f"--force starts over and training.resume_from goes on from {recipe.training.resume_from}; leave one out."
+        )
     for problem in without_effect(recipe):
         warn(problem)
     if options.dry_run:

@@ -103,10 +103,22 @@ def printable(text: str, limit: int = 300) -> str:
     return shown + ("…" if len(text) > limit else "")
 
 
+class _Stderr(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to whatever is stderr when something is said."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> Any:
+        """The present stderr."""
+        return sys.stderr
+
+
 def set_up_logging() -> None:
     """Send limbeck's own messages to stderr, bare, and quieten the libraries below it."""
     if not logger.handlers:
-        handler = logging.StreamHandler()
+        handler = _Stderr()
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
     logger.setLevel(logging.INFO)

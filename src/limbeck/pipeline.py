@@ -187,8 +187,6 @@ def _run(stage: Stage, *, force: bool) -> str:
     say(f"{stage.name}: running")
     if not force and folder.recorded() not in (None, folder.fingerprint) and not stage.again:
         say(f"{stage.name}: {stage.replaces(folder)}" + stage.kept_where(folder))
-        if stage.sets_aside:
-            folder.set_aside()
     elif folder.recorded() is None and (hint := stage.hint()) is not None:
         say(f"{stage.name}: {hint}")
     with plain_disk_errors(stage.path):

@@ -119,7 +119,7 @@ def prune(runs: Sequence[HeldRun], *, dry: bool = False) -> list[HeldFolder]:
             present = {
                 str(path.resolve()) for path in _stage_folders(run.path / _PREVIOUS)
             }  # one may have been put back
-            needed = {str(Path(path).parent) for path in _started_from(run.path)}
+            needed = {str(Path(path).parent) for other in runs for path in _started_from(other.path)}
             for held in run.previous:
                 place = str(held.path.resolve())
                 if place not in present or place in needed:
@@ -127,16 +127,17 @@ def prune(runs: Sequence[HeldRun], *, dry: bool = False) -> list[HeldFolder]:
                 gone.append(held)
                 if not dry:
                     StageFolder(held.path, "run", {}).clear()
-                    shutil.rmtree(held.path, ignore_errors=True)
+                    shutil.rmtree(held.path)
     return gone
 
 
 def _started_from(run: Path) -> Iterator[str]:
     """Checkpoints that trainings of the run started from."""
-    for inputs in run.rglob(INPUTS):
-        started = read_json(inputs).get(STARTED)
-        if started is not None:
-            yield str(started["path"])
+    for stage in _stage_folders(run):
+        for folder in (stage, *_stage_folders(stage)):  # a training in stages has a folder for each
+            started = read_json(folder / INPUTS).get(STARTED)
+            if started is not None:
+                yield str(started["path"])
 
 
 def as_records(runs: Sequence[HeldRun]) -> list[dict[str, Any]]:
@@ -167,5 +168,7 @@ def runs_text(runs: Sequence[HeldRun]) -> str:
                 lines.append(f"  {'':<{width}}  differs from the present one: {entry.differs}")
     spare = sum(entry.size for run in runs for entry in run.previous)
     if spare:
-        lines.append(f"earlier results take {spare / 1e6:,.1f} MB; --prune deletes them")
+        lines.append(
+            f"earlier results take {spare / 1e6:,.1f} MB; --prune deletes them, but for those a training started from"
+        )
     return "\n".join(lines)

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 #: Switches that are no keys, by name: what they do.
 SWITCHES = {
-    "dry-run": "Check everything and say what each stage will do; nothing is written.",
-    "force": "Make the result again; the old one goes to previous/.",
+    "dry-run": "Check everything and say what would be done; nothing is written.",
+    "force": "Make the result again; the old one goes to previous/, or in a folder that you named is deleted.",
     "skip-existing": "Leave a complete folder as it is, whatever it was made from.",
     "verify": "Compare what was written with the student, and run it through llama.cpp where that is installed.",
     "pretrain-ce-only": "No teacher: training.mode ce.",
@@ -96,7 +96,7 @@ SUBCOMMANDS: dict[str, Subcommand] = {
     ),
     "export": Subcommand(
         "export",
-        "Write a finished student for other programs: GGUF, or packed safetensors.",
+        "Write a finished student for other programs: GGUF, packed or plain safetensors.",
         ("verify",),
         {
             "input": "export.input",

@@ -5,6 +5,7 @@ ids for every text, so teacher, cache, packed data and student are compared by t
 loaded, saved and used, whatever class a model's type would give it.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
@@ -115,10 +116,11 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     kind = PreTrainedTokenizerFast if has_json and not trust_remote_code else AutoTokenizer
     try:
         hf = kind.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-        if hf.eos_token_id is None:  # GPT-2's files leave it to the class
-            _take_special_tokens(hf, AutoTokenizer.from_pretrained(path, revision=revision))
     except (OSError, ValueError) as error:
         raise LimbeckError(f"tokenizer {name!r} could not be loaded: {_no_tokenizer(path, error)}") from error
+    if hf.eos_token_id is None and kind is PreTrainedTokenizerFast:  # GPT-2's files leave it to the class
+        with contextlib.suppress(OSError, ValueError):
+            _take_special_tokens(hf, AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False))
     if not hf.is_fast:
         raise LimbeckError(f"tokenizer {name!r} has no tokenizer.json; convert it to a fast tokenizer first.")
     if hf.eos_token_id is None:

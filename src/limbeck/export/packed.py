@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from limbeck.export.source import ExportSource
+from limbeck.export.source import MADE_BY, ExportSource
 from limbeck.models import load_causal_lm
 from limbeck.storage import commit_folder, read_json, temporary_for, write_json
 from limbeck.students.quantizer import float8_key, pack_codes, packed_key, to_float8
@@ -69,6 +69,7 @@ def _write(source: ExportSource, partial: Path, target: Path, rest: str) -> dict
         if path.suffix in (".json", ".jinja", ".txt", ".model") and kept:
             shutil.copy2(path, partial / path.name)
     rename_weights(partial)
+    (partial / MADE_BY).write_text("packed\n")
     commit_folder(partial, target)
     total = sum(path.stat().st_size for path in target.glob("*.safetensors"))
     return {"bytes": total, "bits_per_ternary_weight": 8.0 * ternary_bytes / max(weights, 1)}

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from limbeck.export.source import ExportSource
+from limbeck.export.source import MADE_BY, ExportSource
 from limbeck.models import load_causal_lm
 from limbeck.storage import commit_folder, temporary_for
 
@@ -41,6 +41,7 @@ def export_plain(source: ExportSource, target: Path, precision: str) -> int:
             named = path.suffix in _COPIED and not path.name.endswith((".index.json", "manifest.json"))
             if named and path.name not in own:
                 shutil.copy2(path, partial / path.name)
+        (partial / MADE_BY).write_text("hf\n")
         commit_folder(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # what a failed write left; nothing after a finished one

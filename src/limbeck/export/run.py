@@ -1,6 +1,7 @@
 """`limbeck export`: from a run's folder to a file that other programs read, with proof if wanted."""
 
 import contextlib
+import re
 import shlex
 import shutil
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 from limbeck.config.recipe import ExportConfig
 from limbeck.console import say
 from limbeck.errors import ConfigError, LimbeckError
-from limbeck.export.source import ExportSource, model_folder, ternary_settings
+from limbeck.export.source import MADE_BY, ExportSource, model_folder, ternary_settings
 from limbeck.storage import atomic_write_text, folder_lock, leftovers_of, plain_disk_errors
 
 
@@ -41,7 +42,8 @@ def export_student(section: ExportConfig, run: Path, name: str, *, verify: bool 
 def next_steps(format: str, output: str, name: str) -> list[str]:  # noqa: A002 (the key's name)
     """What to type to use an exported model, line by line."""
     modelfile = shlex.quote(str(Path(output).with_suffix(".Modelfile")))
-    output, tag = shlex.quote(output), shlex.quote(name.lower())
+    loads = f"from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained({output!r})"
+    output, tag = shlex.quote(output), re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-.")
     own = f"limbeck generate {output} --prompt 'Once upon a time'"
     if format == "gguf":
         return [
@@ -50,10 +52,9 @@ def next_steps(format: str, output: str, name: str) -> list[str]:  # noqa: A002 
             f"ollama create {tag} -f {modelfile} && ollama run {tag}",
             f"limbeck inspect {output}",
         ]
-    loads = f"AutoModelForCausalLM.from_pretrained({output!r})"
     if format == "packed":
-        return [own, f'python -c "import limbeck; from transformers import AutoModelForCausalLM; {loads}"']
-    return [own, f"vllm serve {output}", f'python -c "from transformers import AutoModelForCausalLM; {loads}"']
+        return [own, f"python -c {shlex.quote(f'import limbeck; {loads}')}"]
+    return [own, f"vllm serve {output}", f"python -c {shlex.quote(loads)}"]
 
 
 def _plain(section: ExportConfig, run: Path, folder: Path) -> dict[str, Any]:
@@ -63,7 +64,7 @@ def _plain(section: ExportConfig, run: Path, folder: Path) -> dict[str, Any]:
     require_precision(section.rest)
     source = ExportSource.open(folder)
     target = section.output or _default_output(run, folder, "hf")
-    _refuse_full_folder(target)
+    _refuse_full_folder(target, "hf")
     target.parent.mkdir(parents=True, exist_ok=True)
     with _own(target):
         size = export_plain(source, target, section.rest)
@@ -88,20 +89,20 @@ def _own(target: Path) -> Iterator[None]:
         yield
 
 
-_OURS = {".json", ".safetensors", ".jinja", ".txt", ".model", ".md"}
-
-
-def _refuse_full_folder(target: Path) -> None:
-    """A folder is written as a whole: refuse one that holds anything but an earlier model.
+def _refuse_full_folder(target: Path, kind: str) -> None:
+    """A folder is written as a whole: refuse one that holds anything but an earlier export of the kind.
 
     Raises:
         ConfigError: names what is there.
     """
-    held = [path for path in target.iterdir() if not path.name.startswith(".")] if target.is_dir() else []
-    others = [path.name for path in held if path.is_dir() or path.suffix not in _OURS]
-    if target.is_file() or (held and (others or not (target / "config.json").is_file())):
-        what = (others or [path.name for path in held] or [target.name])[0]
-        raise ConfigError(f"{target} would be replaced and holds {what}. Name a new folder with --output.")
+    if not target.is_dir() and not target.is_file():
+        return
+    held = (
+        [path.name for path in target.iterdir() if not path.name.startswith(".")] if target.is_dir() else [target.name]
+    )
+    made = target / MADE_BY
+    if held and not (made.is_file() and made.read_text(encoding="utf-8").strip() == kind):
+        raise ConfigError(f"{target} would be replaced and holds {held[0]}. Name a new folder with --output.")
 
 
 def require_precision(rest: str) -> None:
@@ -136,7 +137,7 @@ def _packed(section: ExportConfig, run: Path, folder: Path, verify: bool) -> dic
     if not source.ternary:
         raise LimbeckError(f"{folder} has no ternary weights to pack. Train it with student.ternary.")
     target = section.output or _default_output(run, folder, "packed")
-    _refuse_full_folder(target)
+    _refuse_full_folder(target, "packed")
     target.parent.mkdir(parents=True, exist_ok=True)
     with _own(target):
         found = export_packed(source, target, section.rest)

@@ -67,11 +67,6 @@ class Stage(ABC):
         return self.folder
 
     @property
-    def sets_aside(self) -> bool:
-        """True when an earlier result is moved away before the stage looks at anything, as its message says."""
-        return False
-
-    @property
     def keeps_recipe(self) -> bool:
         """True when the run's folder keeps the recipe that this stage was begun with."""
         return False

@@ -39,7 +39,8 @@ class CacheStage(Stage):
         if brought := self._brought():
             return brought
         wanted, rows = self._wanted, self._rows
-        if StageFolder(self.path, self.command, wanted, self.backup).is_kept():
+        own = StageFolder(self.path, self.command, wanted, self.backup)
+        if own.is_kept() or own.recorded() == own.fingerprint:  # finished, or begun for this recipe alone
             return wanted
         earlier = sorted(self.backup.glob(f"{self.path.name}-*")) if self.backup is not None else []
         # The folder itself once more: another rank may just have put an earlier one there.
@@ -92,7 +93,8 @@ class CacheStage(Stage):
         if self.backup is None:
             raise LimbeckError(
                 f"the cache {self.path} does not answer this run: {why}. Making one for it: {price}. Name another "
-                "folder (--cache-dir), or change the run to what the cache has; --force replaces it."
+                "folder (--cache-dir), or change the run to what the cache has; `limbeck teacher cache --force` "
+                "deletes it for another."
             )
         return f"the cache there does not answer this run: {why}. Another one is made: {price}"
 

@@ -34,8 +34,9 @@ class ExportStage(Stage):
         }
 
     def check(self) -> None:
-        """Each format can hold the student."""
+        """Each format can hold the student, and the folder is the run's."""
         self._formats()
+        StageFolder(self.path, self.command, {}).refuse_foreign_files()
 
     def needs(self) -> str:
         """The formats."""

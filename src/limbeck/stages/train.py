@@ -106,14 +106,15 @@ class TrainStage(Stage):
         if fingerprint(rest[0]) != fingerprint(rest[1]) or not 0 < old[key] < new[key]:
             return changed
         return (
-            f"{changed}. It is trained from the beginning; to extend the earlier one instead, stop here and give "
-            f"`--{key.replace('_', '-')} {new[key]} --resume-from {folder.place_in_backup()}`"
+            f"{changed}. It is trained from the beginning; to extend the earlier one instead, stop it once steps "
+            f"are told and give `--{key.replace('_', '-')} {new[key]} --resume-from {folder.place_in_backup()}`"
         )
 
-    @property
-    def sets_aside(self) -> bool:
-        """True but for trainings in stages, whose stages decide for themselves what still holds."""
-        return self.backup is not None and not self.recipe.stages.enabled
+    def kept_where(self, folder: StageFolder) -> str:
+        """A training in stages keeps its folder, and of its stages those that still hold."""
+        if self.recipe.stages.enabled and "stages" in folder.recorded_inputs() and folder.backup is not None:
+            return f". What no longer holds of its stages is kept in {folder.backup}"
+        return super().kept_where(folder)
 
     def needs(self) -> str:
         """The student's size, and how much is trained."""

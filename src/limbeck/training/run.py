@@ -121,7 +121,7 @@ def train_one(recipe: Recipe, stage: StageFolder, start: Path | None, force: boo
             say(choice.why)
         if teacher is not None:
             _tell_vocabularies(teacher, student)
-        trainer = _trainer(recipe, stage, student, teacher, rows, held_out, tokenizer)
+        trainer = _trainer(recipe, stage, student, teacher, rows, held_out, tokenizer, resume)
         (resume,) = broadcast_object_list([resume])  # rank 0 chooses for all
         if ranks.rank() == 0:
             _record_provenance(stage, recipe.training.mode, resume, changed)
@@ -214,6 +214,7 @@ def _trainer(
     rows: PackedDataset,
     held_out: PackedDataset,
     tokenizer: LoadedTokenizer,
+    resume: Path | None,
 ) -> Any:
     from limbeck.training.arguments import arguments_from_recipe
     from limbeck.training.tracking import Tracking
@@ -222,7 +223,7 @@ def _trainer(
     folder = stage.path
     name = recipe.name if folder == recipe.student_dir else f"{recipe.name}-{folder.name}"
     tree = json.loads(recipe.model_dump_json())
-    main, anew = ranks.rank() == 0, not recipe.training.resume
+    main, anew = ranks.rank() == 0, resume is None and not recipe.training.resume
     tracking = Tracking(recipe.tracking, folder, name, stage.fingerprint, tree, main=main, anew=anew)
     arguments = arguments_from_recipe(recipe, folder)
     arguments.project, arguments.run_name = recipe.tracking.project, f"{tracking.name}-{tracking.id}"
