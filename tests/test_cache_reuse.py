@@ -54,9 +54,9 @@ def made(recipe):
 
 @pytest.mark.parametrize("narrow", [
     {"teacher": {"top_k": 5}},
-    {"teacher": {"temperatures": [1.0, 2.0]}},
-    {"dataset": {"train_rows": 6}},
-    {"teacher": {"rows_per_shard": 4, "compression": "none", "splits": ["train"]}},
+    pytest.param({"teacher": {"temperatures": [1.0, 2.0]}}, marks=pytest.mark.slow),
+    pytest.param({"dataset": {"train_rows": 6}}, marks=pytest.mark.slow),
+    pytest.param({"teacher": {"rows_per_shard": 4, "splits": ["train"]}}, marks=pytest.mark.slow),
     {"teacher": {"top_k": 3, "temperatures": [1.0, 2.0]}, "dataset": {"train_rows": 9}},
 ])  # fmt: skip
 def test_a_wider_cache_trains_as_the_teacher_itself(made, narrow):

@@ -20,8 +20,8 @@ WIDE = {**TINY, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers
 
 
 def refused(recipe, told, last=None):
-    """Both the run and its plan refuse it so, and no folder is there afterwards."""
-    for attempt in (plan, run_pipeline):
+    """The plan refuses it so (and a run by the same check), and no folder is there afterwards."""
+    for attempt in (plan,) if last is None else (plan, run_pipeline):
         with pytest.raises(LimbeckError) as found:
             attempt(recipe, last)
         assert told in str(found.value), str(found.value)
@@ -53,6 +53,10 @@ def refused(recipe, told, last=None):
 ])  # fmt: skip
 def test_refused_before_the_first_stage(recipe, keys, told):
     refused(with_keys(recipe, **keys), told)
+
+
+def test_a_run_refuses_what_its_plan_does(recipe):
+    refused(with_keys(recipe, student={"ternary": {"group_size": 48}}), "group_size is 48", "train")
 
 
 def test_a_student_that_mixes_documents_is_refused_at_the_start(recipe):

@@ -180,7 +180,7 @@ def test_bad_input_changes_nothing_on_disk(recipe_tree, recipe_file, tmp_path):
         (["--student.config.hiden_size", "64"], "did you mean hidden_size"),
         (["--student.config.num_attention_heads", "many"], "num_attention_heads"),
         (["--dataset", "a/b/c"], "a/b/c"),
-        (["--teacher.cache_dir", tmp_path / "run" / "data"], "holds 'packed' and 'teacher_cache' is wanted"),
+        (["--teacher.cache_dir", tmp_path / "run" / "data"], "does not answer this run: "),
         (["--student.config.vocab_size", "100"], "vocab_size is 100 and the tokenizer has 4096"),
         (["--parameter_lr_multipliers", "[{pattern: expert, lr_multiplier: 2}]"], "matches no parameter"),
         (["--parameter_lr_multipliers", "[{pattern: '(', lr_multiplier: 2}]"], "not a regular expression"),

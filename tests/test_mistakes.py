@@ -136,8 +136,8 @@ def test_a_mistake_is_one_line_that_says_what_to_do(ground, words, told, monkeyp
 @pytest.mark.parametrize(("flag", "told"), [
     ("--dataset", "is neither a file or folder here nor reachable on the hub: the hub cannot be reached"),
     ("--teacher-model", "is no folder here, and the hub cannot be reached"),
-    ("--student-model", "is no folder here, and the hub cannot be reached"),
-    ("--tokenizer", "is no folder here, and the hub cannot be reached"),
+    pytest.param("--student-model", "is no folder here, and the hub cannot be reached", marks=pytest.mark.slow),
+    pytest.param("--tokenizer", "is no folder here, and the hub cannot be reached", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_name_that_is_not_here_without_a_network_is_one_line(ground, flag, told):
     """Nothing is told to be offline: the hub's address is one where nobody listens."""

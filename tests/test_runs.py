@@ -4,12 +4,13 @@ import contextlib
 import io
 import json
 import shlex
+import shutil
 import signal
 import time
 
 import pytest
 
-from conftest import digest, limbeck, with_keys
+from conftest import TINY, digest, limbeck, with_keys
 from limbeck.cli import main
 from limbeck.folders import differences
 from limbeck.pipeline import run_pipeline
@@ -35,12 +36,29 @@ def test_differences_name_the_key_itself():
     assert differences({str(i): 0 for i in range(6)}, {}).endswith("; and 2 more")
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, corpus, teacher_folder):
+    """A finished run of 4 steps, made once."""
+    root = tmp_path_factory.mktemp("trained")
+    tree = {
+        "name": "small",
+        "dataset": {"name": str(corpus), "max_length": 32, "validation_fraction": 0.2},
+        "teacher": {"model": str(teacher_folder), "top_k": 16},
+        "student": {"config": TINY},
+        "training": {"per_device_train_batch_size": 4, "report_to": [], "learning_rate": 1e-3, **FEW},
+    }
+    (root / "r.yaml").write_text(json.dumps({**tree, "output_dir": str(root / "run")}))
+    limbeck("train", root / "r.yaml")
+    return root, tree
+
+
 @pytest.fixture
-def longer(recipe_tree, tmp_path):
-    """A finished run of 4 steps, and its recipe file."""
+def longer(trained, tmp_path):
+    """A copy of it, and its recipe file."""
+    root, tree = trained
+    shutil.copytree(root / "run", tmp_path / "run")
     path = tmp_path / "r.yaml"
-    path.write_text(json.dumps({**recipe_tree, "training": {**recipe_tree["training"], **FEW}}))
-    limbeck("train", path)
+    path.write_text(json.dumps({**tree, "output_dir": str(tmp_path / "run")}))
     return path
 
 
@@ -102,12 +120,14 @@ def test_a_student_that_starts_from_the_folders_own_weights_keeps_them_until_the
     assert len(list((tmp_path / "run" / "previous").glob("student-*"))) == 1
 
 
+@pytest.mark.slow
 def test_a_shorter_run_is_not_told_to_extend_anything(longer):
     told = limbeck("train", longer, "--max-steps", "2").stderr
     assert "training.max_steps: 4 -> 2" in told
     assert "--resume-from" not in told
 
 
+@pytest.mark.slow
 def test_what_a_training_started_from_is_not_pruned(longer, tmp_path):
     limbeck("train", longer, "--max-steps", "8")
     kept = next((tmp_path / "run" / "previous").glob("student-*"))
@@ -152,6 +172,7 @@ def test_what_remains_is_what_happens(tmp_path, longer):
     assert what_remains(folder) == f"the same command goes on from {folder / 'step_4'}"
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_packing_starts_is_one_line(tmp_path):
     """The processes that tokenise are just starting: none of them may print what it was doing."""
     import os

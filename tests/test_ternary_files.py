@@ -1,5 +1,7 @@
 """A ternary student's folders: they fail loudly without limbeck, work with it, and have a plain form for everybody."""
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -8,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from conftest import limbeck, save_model, tiny_model, with_keys
+from conftest import save_model, tiny_model, with_keys
+from limbeck.cli import main
 from limbeck.config import TernaryConfig
 from limbeck.export.packed import export_packed
 from limbeck.export.plain import difference, export_plain
@@ -30,6 +33,14 @@ def ternary_student(folder, **changes):
     save_model(model, folder)
     rename_weights(folder)
     return model
+
+
+def typed(*words) -> tuple[int, str, str]:
+    """The command line without a new interpreter: exit code, stdout, stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([str(word) for word in words])
+    return code, out.getvalue(), err.getvalue()
 
 
 def opened_without_limbeck(folder):
@@ -123,16 +134,16 @@ def test_the_difference_is_the_definition(tmp_path):
 def test_the_command_says_what_to_type_next(tmp_path):
     ternary_student(tmp_path / "run" / "student" / "final", hidden_size=256, intermediate_size=256)
     run = tmp_path / "run"
-    done = json.loads(limbeck("export", run, "--format", "hf", "--json").stdout)
+    done = json.loads(typed("export", run, "--format", "hf", "--json")[1])
     assert any(line.startswith("vllm serve ") for line in done["next"])
-    text = limbeck("export", run, "--type", "q4_0").stdout
+    text = typed("export", run, "--type", "q4_0")[1]
     assert "llama-cli -m " in text
     assert "ollama create run -f " in text
     assert (run / "export" / "run.Modelfile").read_text() == "FROM ./run.gguf\n"
-    found = json.loads(limbeck("inspect", run / "export" / "run.gguf", "--json").stdout)
+    found = json.loads(typed("inspect", run / "export" / "run.gguf", "--json")[1])
     assert found["metadata"]["general.name"] == "run"
-    refused = limbeck("export", run, "--format", "hf", "--rest", "fp8", check=False)
-    assert "--rest is fp8 and --format hf writes bf16, f16, f32" in refused.stderr
+    code, _, told = typed("export", run, "--format", "hf", "--rest", "fp8")
+    assert (code, "--rest is fp8 and --format hf writes bf16, f16, f32" in told) == (2, True)
 
 
 def test_gpt2s_transposed_layers_are_ternary_along_their_inputs(tmp_path):
@@ -171,10 +182,10 @@ def test_a_folder_of_somebody_elses_is_not_replaced(tmp_path, kind):
     mine = tmp_path / "mine"
     (mine / "thesis").mkdir(parents=True)
     (mine / "thesis" / "chapter.tex").write_text("years")
-    refused = limbeck("export", tmp_path / "final", "--format", kind, "--output", mine, check=False)
-    assert f"{mine} would be replaced and holds thesis. Name a new folder with --output." in refused.stderr
+    _, _, told = typed("export", tmp_path / "final", "--format", kind, "--output", mine)
+    assert f"{mine} would be replaced and holds thesis. Name a new folder with --output." in told
     assert (mine / "thesis" / "chapter.tex").read_text() == "years"
-    source = limbeck("export", tmp_path / "final", "--format", kind, "--output", tmp_path / "final", check=False)
-    assert "final would be replaced and holds" in source.stderr
+    _, _, told = typed("export", tmp_path / "final", "--format", kind, "--output", tmp_path / "final")
+    assert "final would be replaced and holds" in told
     for _ in range(2):  # its own it replaces
-        limbeck("export", tmp_path / "final", "--format", kind, "--output", tmp_path / "out")
+        assert typed("export", tmp_path / "final", "--format", kind, "--output", tmp_path / "out")[0] == 0
