@@ -304,7 +304,7 @@ def test_an_endpoint_that_comes_back_as_another_model_is_refused(recipe, packed,
     with running(vllm_app(model), held) as url:
         remote = with_keys(recipe, teacher={"endpoint": url, "retries": 0, "timeout": 2.0}, loss={"temperature": 1.0})
         tokenizer = recipe_tokenizer(remote)
-        RemoteSource.of(remote).inputs(tokenizer)
+        RemoteSource.of(remote).check(tokenizer)
     identity._FOUND.clear(), identity._ANSWERED.clear()
     RemoteSource.of(remote).inputs(tokenizer)
     with running(vllm_app(other), held), pytest.raises(MismatchError, match="serves another model than when this run"):

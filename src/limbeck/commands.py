@@ -4,7 +4,7 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,12 @@ def run(recipe: Recipe, options: Options) -> Result:
     if options.dry_run:
         return found
     commands = _next_commands(recipe)
-    lines = ["next:", *(f"  {command}" for command in commands)]
-    return Result({**found.data, "next": commands}, "\n".join([found.text, "", *lines]))
+    return Result({**found.data, "next": commands}, f"{found.text}\n\n{_next_text(commands)}")
+
+
+def _next_text(commands: Sequence[str]) -> str:
+    """Commands to type, as a person reads them."""
+    return "\n".join(["next:", *(f"  {command}" for command in commands)])
 
 
 def _next_commands(recipe: Recipe) -> list[str]:
@@ -155,9 +159,9 @@ def export(recipe: Recipe, options: Options) -> Result:
     run = recipe.export.input or recipe.root
     name = _export_name(recipe)
     data = export_student(recipe.export, run, name, verify=options.verify)
-    data["next"] = next_steps(recipe.export.format, data["output"], name)
-    found = [f"{key:<24} {value}" for key, value in data.items() if key != "next"]
-    return Result(data, "\n".join([*found, "", "next:", *(f"  {line}" for line in data["next"])]))
+    commands = next_steps(recipe.export.format, data["output"], name)
+    found = "\n".join(f"{key:<24} {value}" for key, value in data.items())
+    return Result({**data, "next": commands}, f"{found}\n\n{_next_text(commands)}")
 
 
 def _export_name(recipe: Recipe) -> str:

@@ -94,11 +94,16 @@ class LoadedTokenizer:
         for token, index in self.hf.get_vocab().items():
             if byte_level and index not in added:  # one printable character stands for one byte
                 found[index] = bytes(byte_of[character] for character in token)
-            elif token.startswith("<0x") and token.endswith(">"):
+            elif is_byte_token(token):
                 found[index] = bytes([int(token[3:-1], 16)])
             else:
                 found[index] = token.replace("▁", " ").encode()
         return found
+
+
+def is_byte_token(token: str) -> bool:
+    """True for the token of a byte, `<0x0A>`, to which a vocabulary with byte fallback falls back."""
+    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
 
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> LoadedTokenizer:

@@ -4,21 +4,20 @@ The one idea: the folder is a transformers checkpoint whose `quantization_config
 `import limbeck`, `from_pretrained` makes modules that unpack in use, with exactly training's codes and scales.
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from limbeck.export.source import MADE_BY, ExportSource
+from limbeck.export.folder import copy_beside, written_folder
+from limbeck.export.source import ExportSource
 from limbeck.models import load_causal_lm
-from limbeck.storage import commit_folder, read_json, temporary_for, write_json
+from limbeck.storage import read_json, write_json
 from limbeck.students.quantizer import float8_key, pack_codes, packed_key, to_float8
 from limbeck.students.weights_file import KEY, rename_weights
 
 _DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32, "fp8": torch.bfloat16}
-_NOT_COPIED = {"config.json", "manifest.json"}
 
 
 def export_packed(source: ExportSource, target: Path, rest: str = "bf16") -> dict[str, Any]:
@@ -30,15 +29,14 @@ def export_packed(source: ExportSource, target: Path, rest: str = "bf16") -> dic
         rest: precision of everything that is not ternary: bf16, f16 or f32; or fp8: matrices as float8 with a scale a
             row, the rest bf16.
     """
-    partial = temporary_for(target, own=True)
-    partial.mkdir(parents=True)
-    try:
-        return _write(source, partial, target, rest)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # what a failed write left; nothing after a finished one
+    with written_folder(target, "packed") as partial:
+        bits = _write(source, partial, rest)
+    total = sum(path.stat().st_size for path in target.glob("*.safetensors"))
+    return {"bytes": total, "bits_per_ternary_weight": bits}
 
 
-def _write(source: ExportSource, partial: Path, target: Path, rest: str) -> dict[str, Any]:
+def _write(source: ExportSource, partial: Path, rest: str) -> float:
+    """Write everything into the folder; returns bits a ternary weight."""
     tensors: dict[str, torch.Tensor] = {}
     ternary_bytes = weights = 0
     seen: set[int] = set()
@@ -64,15 +62,9 @@ def _write(source: ExportSource, partial: Path, target: Path, rest: str) -> dict
     config["quantization_config"].pop(KEY, None)
     config["dtype"] = str(_DTYPES[rest]).removeprefix("torch.")
     write_json(partial / "config.json", config)
-    for path in source.folder.iterdir():
-        kept = path.name not in _NOT_COPIED and not path.name.endswith(".index.json")
-        if path.suffix in (".json", ".jinja", ".txt", ".model") and kept:
-            shutil.copy2(path, partial / path.name)
+    copy_beside(source.folder, partial)
     rename_weights(partial)
-    (partial / MADE_BY).write_text("packed\n")
-    commit_folder(partial, target)
-    total = sum(path.stat().st_size for path in target.glob("*.safetensors"))
-    return {"bytes": total, "bits_per_ternary_weight": 8.0 * ternary_bytes / max(weights, 1)}
+    return 8.0 * ternary_bytes / max(weights, 1)
 
 
 def verify_packed(source: ExportSource, target: Path) -> bool:

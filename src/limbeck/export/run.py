@@ -12,7 +12,8 @@ from typing import Any
 from limbeck.config.recipe import ExportConfig
 from limbeck.console import say
 from limbeck.errors import ConfigError, LimbeckError
-from limbeck.export.source import MADE_BY, ExportSource, model_folder, ternary_settings
+from limbeck.export.folder import refuse_foreign_folder
+from limbeck.export.source import ExportSource, model_folder, ternary_settings
 from limbeck.storage import atomic_write_text, folder_lock, leftovers_of, plain_disk_errors
 
 
@@ -63,10 +64,7 @@ def _plain(section: ExportConfig, run: Path, folder: Path) -> dict[str, Any]:
 
     require_precision(section.rest)
     source = ExportSource.open(folder)
-    target = section.output or _default_output(run, folder, "hf")
-    _refuse_full_folder(target, "hf")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _own(target):
+    with _own_folder(section, run, folder) as target:
         size = export_plain(source, target, section.rest)
     say(f"plain checkpoint in {target}")
     rows = held_out_rows(run, section.verify_tokens)
@@ -89,20 +87,14 @@ def _own(target: Path) -> Iterator[None]:
         yield
 
 
-def _refuse_full_folder(target: Path, kind: str) -> None:
-    """A folder is written as a whole: refuse one that holds anything but an earlier export of the kind.
-
-    Raises:
-        ConfigError: names what is there.
-    """
-    if not target.is_dir() and not target.is_file():
-        return
-    held = (
-        [path.name for path in target.iterdir() if not path.name.startswith(".")] if target.is_dir() else [target.name]
-    )
-    made = target / MADE_BY
-    if held and not (made.is_file() and made.read_text(encoding="utf-8").strip() == kind):
-        raise ConfigError(f"{target} would be replaced and holds {held[0]}. Name a new folder with --output.")
+@contextlib.contextmanager
+def _own_folder(section: ExportConfig, run: Path, folder: Path) -> Iterator[Path]:
+    """The folder that the section's format is written to, for this process alone."""
+    target = section.output or _default_output(run, folder, section.format)
+    refuse_foreign_folder(target, section.format)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _own(target):
+        yield target
 
 
 def require_precision(rest: str) -> None:
@@ -136,10 +128,7 @@ def _packed(section: ExportConfig, run: Path, folder: Path, verify: bool) -> dic
     source = ExportSource.open(folder)
     if not source.ternary:
         raise LimbeckError(f"{folder} has no ternary weights to pack. Train it with student.ternary.")
-    target = section.output or _default_output(run, folder, "packed")
-    _refuse_full_folder(target, "packed")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _own(target):
+    with _own_folder(section, run, folder) as target:
         found = export_packed(source, target, section.rest)
     say(f"packed checkpoint in {target}")
     result = {

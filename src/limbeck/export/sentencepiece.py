@@ -10,6 +10,7 @@ Source: Kudo & Richardson, SentencePiece (arXiv 1808.06226), its BPE with byte f
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from limbeck.data.tokenizer import is_byte_token
 from limbeck.errors import LimbeckError
 
 SPACE = "▁"
@@ -80,7 +81,7 @@ def scores(tokenizer: Mapping[str, Any], added: Collection[str]) -> dict[str, fl
         found.setdefault(token, -float(number))
         last = token
     for token in vocab:
-        if token in added or is_byte(token):
+        if token in added or is_byte_token(token):
             continue
         for cut in range(1, len(token)):
             pair = (token[:cut], token[cut:])
@@ -97,8 +98,3 @@ def _no_scores(reason: str) -> LimbeckError:
         f"the tokenizer's merges can not be told as llama.cpp's scores: {reason}. Tokenizers that were trained by "
         "SentencePiece can, and byte-level BPE."
     )
-
-
-def is_byte(token: str) -> bool:
-    """True for the token of a byte, `<0x0A>`."""
-    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")

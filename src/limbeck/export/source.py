@@ -17,9 +17,6 @@ from limbeck.registration import METHOD
 from limbeck.storage import read_json
 from limbeck.students.ternary import TernaryTensor, as_matrix, quantise
 
-#: File of an exported folder that says which export it is, so that the next one may replace it.
-MADE_BY = ".limbeck-export"
-
 
 def model_folder(path: Path) -> Path:
     """The model that a run's folder, a student's folder or a model's folder means.

@@ -5,6 +5,7 @@ must be equal, and what a runtime computes with them is reported as KL, first ch
 """
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,36 @@ def held_out_rows(run: Path, count: int) -> torch.Tensor | None:
     return None
 
 
+@dataclass
+class Agreement:
+    """How far one model is from another over rows: sums that `record` divides by the positions."""
+
+    positions: int = 0
+    kl: float = 0.0
+    matches: int = 0
+
+    def add(self, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+        """Count a row's log-probabilities `[T, V]` of both."""
+        self.positions += len(ours)
+        self.kl += float((ours.exp() * (ours - theirs)).sum())
+        self.matches += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+
+    def record(self) -> dict[str, Any]:
+        """Positions, mean KL(ours ‖ theirs) in nats, and the share of equal first choices."""
+        return {
+            "tokens": self.positions,
+            "kl_mean": self.kl / self.positions,
+            "top1_agreement": self.matches / self.positions,
+        }
+
+
+@torch.no_grad()
+def log_probs(model: Any, row: torch.Tensor) -> torch.Tensor:
+    """A model's log-probabilities `[T, V]` of one row of tokens `[T]`."""
+    found: torch.Tensor = model(input_ids=row.unsqueeze(0), use_cache=False).logits[0].float().log_softmax(dim=-1)
+    return found
+
+
 def compare_with_llama_cpp(export: GGUFExport, path: Path, rows: torch.Tensor) -> dict[str, Any]:
     """The rows through both programs: mean KL(torch ‖ llama.cpp), first choices, and the perplexity of each."""
     from llama_cpp import Llama
@@ -67,24 +98,20 @@ def compare_with_llama_cpp(export: GGUFExport, path: Path, rows: torch.Tensor) -
     student = load_causal_lm(str(export.folder), dtype="float32").eval()
     length = rows.shape[1]
     llama = Llama(str(path), n_ctx=length, n_batch=length, logits_all=True, verbose=False)
-    kl = matches = torch_loss = llama_loss = 0.0
+    agreement, torch_loss, llama_loss = Agreement(), 0.0, 0.0
     for row in rows:
-        with torch.no_grad():
-            ours = student(input_ids=row.unsqueeze(0), use_cache=False).logits[0].float().log_softmax(dim=-1)
+        ours = log_probs(student, row)
         llama.reset()
         llama.eval(row.tolist())
         theirs = torch.from_numpy(np.array(llama.scores[:length], dtype=np.float32)).log_softmax(dim=-1)
-        kl += float((ours.exp() * (ours - theirs)).sum())
-        matches += float((ours.argmax(-1) == theirs.argmax(-1)).sum())
+        agreement.add(ours, theirs)
         following = row[1:].unsqueeze(-1)
         torch_loss -= float(ours[:-1].gather(1, following).sum())
         llama_loss -= float(theirs[:-1].gather(1, following).sum())
     llama.close()
-    positions, predicted = rows.numel(), rows.numel() - len(rows)
+    predicted = rows.numel() - len(rows)
     return {
-        "tokens": positions,
-        "kl_mean": kl / positions,
-        "top1_agreement": matches / positions,
+        **agreement.record(),
         "perplexity_torch": math.exp(torch_loss / predicted),
         "perplexity_llama_cpp": math.exp(llama_loss / predicted),
     }

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from limbeck.data.tokenizer import load_tokenizer
+from limbeck.data.tokenizer import is_byte_token, load_tokenizer
 from limbeck.errors import LimbeckError
-from limbeck.export.sentencepiece import adds_space, is_byte, is_sentencepiece, scores
+from limbeck.export.sentencepiece import adds_space, is_sentencepiece, scores
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -125,7 +125,7 @@ def _tokens(tokenizer: Mapping[str, Any], vocab_size: int, by_score: bool) -> tu
             if by_score and token == tokenizer["model"].get("unk_token"):
                 kind = kinds.UNKNOWN
         else:
-            kind = kinds.BYTE if by_score and is_byte(token) else kinds.NORMAL
+            kind = kinds.BYTE if by_score and is_byte_token(token) else kinds.NORMAL
         tokens.append(token)
         types.append(kind)
     return tokens, types

@@ -35,11 +35,10 @@ def model_identity(name: str, revision: str | None = None) -> dict[str, str]:
         if not any(path.suffix == ".safetensors" for path in files):
             raise LimbeckError(f"{folder} holds no .safetensors weights. Convert the checkpoint to safetensors first.")
         return {"weights": fingerprint([[p.name, sha256_file_cached(p)] for p in files])}
-    local = _cached_commit(name, revision)
     try:
         return {"weights": commit_of("model", name, revision)}
     except HubError as error:
-        if local is not None:
+        if (local := _cached_commit(name, revision)) is not None:
             return {"weights": local}
         raise _not_found("model", name, error) from None
 
@@ -134,19 +133,23 @@ def model_config(source: ModelSource, role: str) -> Any:
         raise LimbeckError(f"the config of {role} {name!r} cannot be read: {said[0][:300]}") from None
 
 
-def require_context(source: ModelSource, length: int, role: str) -> None:
-    """Refuse rows that are longer than a model's context, from its config alone.
+def require_context(config: Any, length: int, what: str, cure: str = "choose another model") -> None:
+    """Refuse rows that are longer than a model's context.
+
+    Args:
+        config: the model's.
+        length: tokens in a row.
+        what: how a message calls the model.
+        cure: what may be done about it, beside shorter rows.
 
     Raises:
         ConfigError: names both lengths.
-        LimbeckError: as `model_config`.
     """
-    name, text = source.name, model_config(source, role).get_text_config()
-    most = getattr(text, "max_position_embeddings", None)
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(most, int) and 0 < most < length:
         raise ConfigError(
-            f"dataset.max_length is {length} and the {role} {name} has a context of {most} tokens. Set --seq-len "
-            f"{most}, or choose another model."
+            f"dataset.max_length is {length} and the {what} has a context of {most} tokens. Set --seq-len {most}, or "
+            f"{cure}."
         )
 
 

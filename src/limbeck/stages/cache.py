@@ -53,7 +53,7 @@ class CacheStage(Stage):
     def anew(self) -> StageFolder:
         """What is made again is made for this recipe alone, whatever a wider cache answered."""
         if not self._brought():
-            self.__dict__["folder"] = StageFolder(self.path, self.command, self._wanted, self.backup)
+            self.folder = StageFolder(self.path, self.command, self._wanted, self.backup)
         return self.folder
 
     @cached_property

@@ -1,6 +1,7 @@
 """The student in other programs' formats."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from limbeck.config import Recipe
@@ -35,14 +36,16 @@ class ExportStage(Stage):
 
     def check(self) -> None:
         """Each format can hold the student, and the folder is the run's."""
-        self._formats()
+        self.needs()  # which finds out
         StageFolder(self.path, self.command, {}).refuse_foreign_files()
 
     def needs(self) -> str:
         """The formats."""
-        return ", ".join(self._formats())
+        return ", ".join(self._formats)
 
+    @cached_property
     def _formats(self) -> list[str]:
+        """What is written; asked for twice by `--dry-run`."""
         from limbeck.export.check import check_export
         from limbeck.training.check import planned_student
 

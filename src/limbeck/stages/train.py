@@ -74,6 +74,8 @@ class TrainStage(Stage):
         from limbeck.training.check import check_student
 
         recipe = self.recipe
+        if not self.keeps_recipe:
+            return  # the baseline is the run's own student, trained alike
         if recipe.training.fp16 and choose_device(recipe.training.device) == "cpu":
             raise ConfigError("training.fp16 is true and the device is a CPU, which has no float16. Use --bf16 auto.")
         if not recipe.stages.enabled:

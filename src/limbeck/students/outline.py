@@ -10,7 +10,7 @@ import torch
 
 from limbeck.config import StudentConfig
 from limbeck.errors import ConfigError
-from limbeck.models import model_config
+from limbeck.models import model_config, require_context
 from limbeck.registry import STUDENTS
 from limbeck.students.build import make_ternary, require_vocabulary
 
@@ -28,17 +28,19 @@ def outline_of(section: StudentConfig, keys: dict[str, int], length: int) -> Any
             shorter than the rows, ternary patterns or groups that do not fit.
         LimbeckError: its folder or hub id gives no config.
     """
-    if not (section.model or section.config or section.builder):
-        raise ConfigError("no student: set student.model to pretrained weights or student.config to an architecture.")
+    build = STUDENTS.get(section.builder or "transformers")
     try:
         with torch.device("meta"):
-            student = _of_weights(section) if section.model else _of_config(section, keys)
+            student = _of_weights(section) if section.model else build(section, keys)
     except (NotImplementedError, RuntimeError):
         if section.builder is None:
             raise
         return None  # a builder that computes with what it makes
     require_vocabulary(section, student, keys.get("vocab_size", 0))
-    _require_room(section, student, length)
+    if section.model:
+        require_context(student.config, length, f"student {section.model}")
+    else:
+        require_context(student.config, length, "student", "raise student.config.max_position_embeddings")
     if section.ternary is not None:
         make_ternary(student, section.ternary)
     return student
@@ -62,18 +64,3 @@ def _of_weights(section: StudentConfig) -> Any:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=remote_code)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{section.model} is no causal LM: {str(error).strip().splitlines()[0][:300]}") from None
-
-
-def _of_config(section: StudentConfig, keys: dict[str, int]) -> Any:
-    return STUDENTS.get(section.builder or "transformers")(section, keys)
-
-
-def _require_room(section: StudentConfig, student: Any, length: int) -> None:
-    most = getattr(student.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(most, int) and 0 < most < length:
-        what = f"student {section.model}" if section.model else "student"
-        cure = "choose another model" if section.model else "raise student.config.max_position_embeddings"
-        raise ConfigError(
-            f"dataset.max_length is {length} and the {what} has a context of {most} tokens. Set --seq-len {most}, or "
-            f"{cure}."
-        )

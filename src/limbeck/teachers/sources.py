@@ -19,7 +19,7 @@ from limbeck.data.dataset import PackedDataset
 from limbeck.data.tokenizer import LoadedTokenizer, load_tokenizer, require_same
 from limbeck.errors import ConfigError, LimbeckError
 from limbeck.manifests import CacheManifest
-from limbeck.models import load_frozen, model_identity, require_causal, require_context
+from limbeck.models import load_frozen, model_config, model_identity, require_causal, require_context
 from limbeck.targets.spec import TargetSpec
 from limbeck.teachers.base import Teacher
 from limbeck.teachers.cached import TeacherCache
@@ -59,8 +59,8 @@ class LocalSource(TeacherSource):
         model: which.
         settings: how it is run.
         spec: what is kept.
-    max_length: tokens in a row.
-    device: the student's, where the settings name none.
+        max_length: tokens in a row.
+        device: the student's, where the settings name none.
     """
 
     model: ModelSource
@@ -90,7 +90,7 @@ class LocalSource(TeacherSource):
 
     def check(self, tokenizer: LoadedTokenizer) -> None:
         """Its context is as long as the rows, and its tokenizer is the data's."""
-        require_context(self.model, self.max_length, "teacher")
+        require_context(model_config(self.model, "teacher"), self.max_length, f"teacher {self.model.name}")
         self._require_tokenizer(tokenizer)
 
     def _require_tokenizer(self, tokenizer: LoadedTokenizer) -> None:
@@ -151,7 +151,7 @@ class RemoteSource(TeacherSource):
         """Asked with little patience."""
         return self.memory.is_available(tokenizer)
 
-    def _connect(self, tokenizer: LoadedTokenizer, *, remember: bool = True) -> RemoteTeacher:
+    def _connect(self, tokenizer: LoadedTokenizer) -> RemoteTeacher:
         settings = self.settings
         found = self.memory.discovery(tokenizer)
         teacher = RemoteTeacher.connect(
@@ -169,8 +169,7 @@ class RemoteSource(TeacherSource):
             **connection(settings),
         )
         try:  # remembered once it is known to be what is wanted
-            if remember:
-                teacher.identity = self.memory.confirmed(tokenizer)
+            teacher.identity = self.memory.confirmed(tokenizer)
         except BaseException:
             teacher.close()
             raise
@@ -182,7 +181,7 @@ class RemoteSource(TeacherSource):
         One that has answered in this run before may be gone: what is finished needs it no more.
         """
         if ranks.rank() == 0 and not self.memory.was_asked():
-            self._connect(tokenizer, remember=False).close()
+            self._connect(tokenizer).close()
 
 
 @dataclass(frozen=True)
