@@ -155,13 +155,13 @@ def peak_memory(case: Callable[[], object]) -> int:
     import ctypes
 
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    before = _resident()
+    before = resident_bytes()
     peak, done = before, threading.Event()
 
     def watch() -> None:
         nonlocal peak
         while not done.is_set():
-            peak = max(peak, _resident())
+            peak = max(peak, resident_bytes())
             time.sleep(0.002)
 
     watcher = threading.Thread(target=watch)
@@ -174,7 +174,8 @@ def peak_memory(case: Callable[[], object]) -> int:
     return peak - before
 
 
-def _resident() -> int:
+def resident_bytes() -> int:
+    """Resident memory of this process (Linux)."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 

@@ -53,6 +53,8 @@ SHAPES = {
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_inner": 64},
     "gpt_neox": {**BASE, "num_key_value_heads": None},
     "mamba": {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 8},
+    "retnet_hrm": {**BASE, "num_key_value_heads": None, "H_cycles": 2, "L_cycles": 2, "memory": True},
+    "mhc_llama": {**BASE, "mhc_streams": 3},
     "gpt_oss": {**BASE, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 16},
 }  # fmt: skip
 

@@ -85,7 +85,10 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
-@pytest.mark.parametrize("command", ["data pack", "teacher cache", "train", "run"])
+@pytest.mark.parametrize(
+    "command",
+    [*(pytest.param(name, marks=pytest.mark.slow) for name in ("data pack", "teacher cache")), "train", "run"],
+)
 def test_a_file_that_cannot_be_written_is_one_line_and_can_be_continued(recipe_tree, tmp_path, command):
     """A limit on the size of files, as a full disk: every stage says so, and with room the same command ends well."""
     tree = {**recipe_tree, "pipeline": {"export": ["gguf"]}}

@@ -214,7 +214,7 @@ def test_flags_of_the_user(recipe_file):
         "--enable-saddle-interventions", "--keep-last-checkpoints", "3", "--json",
     )  # fmt: skip
     found = json.loads(shown.stdout)
-    assert found["optimizer"]["lion"]["learning_rate"] == 3e-4
+    assert found["optimizer"]["mhc"]["learning_rate"] == 3e-4
     assert found["optimizer"]["name"] == "muon_lion"
     assert found["saddle"]["enabled"] is True
     assert found["training"]["save_total_limit"] == 3

@@ -53,15 +53,18 @@ def _next_text(commands: Sequence[str]) -> str:
 
 def _next_commands(recipe: Recipe) -> list[str]:
     """What one may want to type now."""
+    from limbeck.export.source import has_gguf
+
     called = Path(sys.argv[0])
     beside = str(called) if called.name == "limbeck" else f"{sys.executable} -m limbeck"
     program = "limbeck" if shutil.which("limbeck") else beside
     prompt = shlex.quote((recipe.generation.prompt.splitlines() or [""])[0])
     root = shlex.quote(str(recipe.root))
     other = shlex.quote(str(recipe.root.parent / f"{recipe.root.name}-mine"))
+    kind = "gguf" if "gguf" not in recipe.pipeline.export and has_gguf(recipe.student_dir / "final") else "hf"
     return [
         f"{program} generate {root} --prompt {prompt}",
-        f"{program} export {root} --format {'hf' if 'gguf' in recipe.pipeline.export else 'gguf'}",
+        f"{program} export {root} --format {kind}",
         f"{program} run {root} --dataset YOUR.txt --output-dir {other}",
     ]
 

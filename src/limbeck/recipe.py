@@ -15,10 +15,11 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from limbeck.config import Recipe
+from limbeck.config import MHCConfig, Recipe, TernaryConfig
 from limbeck.config.base import Section, merged
 from limbeck.config.messages import explain
 from limbeck.config.moved import EARLIER, rewritten
+from limbeck.config.presets import PRESETS
 from limbeck.errors import ConfigError
 from limbeck.plugins import load_plugins, named_plugins
 
@@ -36,7 +37,7 @@ ALIASES: Mapping[str, str] = {
     "lr": "training.learning_rate",
     "learning-rate": "training.learning_rate",
     "optimizer": "optimizer.name",
-    "mhc-lr": "optimizer.lion.learning_rate",
+    "mhc-lr": "optimizer.mhc.learning_rate",
     "enable-saddle-interventions": "saddle.enabled",
     "kl-weight": "loss.alpha",
     "alpha": "loss.alpha",
@@ -238,7 +239,7 @@ def load_recipe(
         if not isinstance(tree, dict):
             raise ConfigError(f"recipe {path} holds a {type(tree).__name__}; it must be a mapping of sections.")
         tree.setdefault("name", path.stem)
-    tree = _replaced_architecture(rewritten(tree), overrides or {})
+    tree = _replaced_student(rewritten(tree), overrides or {})
     tree = rewritten(merged(tree, overrides or {}), override=True)
     where = str(path or "configuration")
     load_plugins(named_plugins(tree.get("plugins")))
@@ -262,14 +263,37 @@ def _yaml_problem(error: Exception) -> str:
     return " ".join(str(said).split()) + where
 
 
-def _replaced_architecture(tree: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """`--student-model` over a recipe that describes a new student: weights bring their own architecture."""
+def _replaced_student(tree: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """`--student-model` or `--student.preset` over a recipe's student: what described that one is left out.
+
+    Kept are keys beside the architecture (ternary, mhc) that the recipe gave itself, and keys of `config` that are laid
+    over weights, or over another preset of the same architecture.
+    """
     student, given = tree.get("student"), overrides.get("student")
-    if not isinstance(student, dict) or not isinstance(given, Mapping) or not given.get("model") or "config" in given:
+    if not isinstance(student, dict) or not isinstance(given, Mapping):
         return tree
-    if not isinstance(student.get("config"), dict) or "model_type" not in student["config"]:
+    preset, other = PRESETS.get(str(student.get("preset"))), PRESETS.get(str(given.get("preset")))
+    written = student.get("config")
+    config: dict[str, Any] = written if isinstance(written, dict) else {}
+    kind = config.get("model_type", (preset or {}).get("config", {}).get("model_type"))
+    if other is not None and other is not preset:
+        alike = preset is not None and other["config"]["model_type"] == kind
+        gone = {"preset", "builder"} if alike else {"preset", "builder", "config"}
+    elif given.get("model") and kind is not None:
+        gone = {"preset", "builder", "config"}
+    else:
         return tree
-    return {**tree, "student": {key: value for key, value in student.items() if key not in ("config", "builder")}}
+    brought = {key for key in ("ternary", "mhc") if preset and student.get(key) == _whole(key, preset.get(key))}
+    kept = {key: value for key, value in student.items() if key not in gone | brought}
+    if preset and "config" in kept:
+        kept["config"] = {key: value for key, value in config.items() if preset["config"].get(key) != value}
+    return {**tree, "student": kept}
+
+
+def _whole(key: str, given: Any) -> Any:
+    """A preset's section with its defaults, as a saved recipe has it."""
+    model: type[Section] = TernaryConfig if key == "ternary" else MHCConfig
+    return None if given is None else model.model_validate(given).model_dump(mode="json")
 
 
 def as_written(recipe: Recipe) -> str:

@@ -196,4 +196,6 @@ STUDENTS: Registry[Any] = Registry("student builder", "student.builder", "limbec
 SUITES: Registry[Any] = Registry("suite", "evaluation.suites", "limbeck.evaluation.suites")
 ARCHITECTURES: Registry[Any] = Registry("architecture", "model_type", "limbeck.export.architectures")
 STAGES: Registry[Any] = Registry("stage", "plugins", "limbeck.stages")
-OBJECTIVES: Registry[Any] = Registry("objective", "loss.objectives", "limbeck.losses.objectives")
+OBJECTIVES: Registry[Any] = Registry(
+    "objective", "loss.objectives", "limbeck.losses.objectives", "limbeck.losses.halting"
+)

@@ -80,7 +80,7 @@ def check(ground, tmp_path: Path, stage: str, seed: int) -> None:
     assert not list(folder.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("stage", ["pack", "cache", "train"])
+@pytest.mark.parametrize("stage", [pytest.param("pack", marks=pytest.mark.slow), "cache", "train"])
 def test_killed_once(ground, tmp_path, stage):
     check(ground, tmp_path, stage, seed=11)
 

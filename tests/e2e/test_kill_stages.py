@@ -98,7 +98,7 @@ def check(recipe: Path, whole: Path, tmp_path: Path, moment: str, threads: str) 
     assert not list(folder.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("moment", [m if m == "saving" else pytest.param(m, marks=pytest.mark.slow) for m in MOMENTS])
 def test_killed_in_a_curriculum(tiny, tmp_path, moment):
     check(*tiny, tmp_path, moment, "1")
 

@@ -134,6 +134,7 @@ def test_a_lost_server_stops_the_run_and_the_next_run_continues(ground, teacher_
     assert digest(tmp_path / "run", FINAL) == expected
 
 
+@pytest.mark.slow
 def test_a_restarted_server_is_waited_for_and_another_model_is_not_taken(ground, teacher_folder, tmp_path):
     _, _, _, expected = ground
     for name, model in (("same", teacher_folder), ("other", save_model(tiny_model(seed=9), tmp_path / "model"))):

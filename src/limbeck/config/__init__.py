@@ -7,7 +7,7 @@ JSON schema and the help text are all derived from these models; an unknown key 
 from limbeck.config.base import ModelSource
 from limbeck.config.data import DatasetConfig
 from limbeck.config.recipe import Recipe
-from limbeck.config.student import StudentConfig, TernaryConfig
+from limbeck.config.student import MHCConfig, StudentConfig, TernaryConfig
 from limbeck.config.teacher import SamplingConfig, TeacherConfig
 from limbeck.config.training import LossConfig, LRMultiplier, OptimizerConfig, SaddleConfig
 
@@ -15,6 +15,7 @@ __all__ = [
     "DatasetConfig",
     "LRMultiplier",
     "LossConfig",
+    "MHCConfig",
     "ModelSource",
     "OptimizerConfig",
     "Recipe",

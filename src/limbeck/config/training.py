@@ -39,6 +39,9 @@ class LossConfig(Section):
     router_aux_kind: Literal["z", "entropy"] = Field(
         "z", description="`z`: mean squared logsumexp of the router's logits; `entropy`: mean entropy of its choices."
     )
+    halting: Annotated[float, Field(ge=0.0)] = Field(
+        0.5, description="Weight of the halting head's cross-entropy, for a RetNet-HRM that has one."
+    )
     divergence: Annotated[Choice, OneOf(DIVERGENCES)] = Field(
         Choice(name="forward_kl"),
         description="How the student is compared with the teacher: a name, or {name: jsd, beta: 0.3} with the "
@@ -131,6 +134,12 @@ class AdamWConfig(Section):
     weight_decay: NotNegative | None = Field(None, description="Default training.weight_decay.")
 
 
+class StreamsConfig(Section):
+    """The parameters that mix mHC-lite streams: a group of their own, by the algorithm of what is no matrix."""
+
+    learning_rate: Positive | None = Field(None, description="Default that of their algorithm.")
+
+
 class AlgorithmRule(Section):
     """One rule of `optimizer.algorithms`."""
 
@@ -153,6 +162,7 @@ class OptimizerConfig(Section):
     muon: MuonConfig = Field(default_factory=MuonConfig, description="Muon.")
     lion: LionConfig = Field(default_factory=LionConfig, description="Lion.")
     adamw: AdamWConfig = Field(default_factory=AdamWConfig, description="AdamW.")
+    mhc: StreamsConfig = Field(default_factory=StreamsConfig, description="Mixing of mHC-lite streams.")
     algorithms: list[AlgorithmRule] = Field(
         default_factory=list, description="Other algorithms by parameter name; the first match wins."
     )

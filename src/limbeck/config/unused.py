@@ -10,6 +10,7 @@ from pathlib import Path
 
 from limbeck.config.base import Section
 from limbeck.config.recipe import Recipe
+from limbeck.registration import MHC_PREFIX
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,15 @@ def _reads_hub_dataset(recipe: Recipe) -> bool:
     return recipe.dataset.name != "stdlib" and not Path(recipe.dataset.name).is_file()
 
 
+def _may_have_streams(recipe: Recipe) -> bool:
+    student = recipe.student
+    return (
+        student.mhc is not None
+        or student.model is not None  # which may have them already
+        or str(student.config.get("model_type")).startswith(MHC_PREFIX)
+    )
+
+
 _RULES = (
     _EffectRule(["teacher.remote."], lambda r: r.teacher.is_remote, "no teacher.endpoint is set"),
     _EffectRule(["teacher.local."], lambda r: not r.teacher.is_remote, "the teacher is remote (teacher.endpoint)"),
@@ -33,6 +43,7 @@ _RULES = (
           "no teacher.model is set"),
     _EffectRule(["student.revision", "student.trust_remote_code"], lambda r: r.student.model is not None,
           "no student.model is set"),
+    _EffectRule(["optimizer.mhc."], _may_have_streams, "the student has no streams (student.mhc)"),
     _EffectRule(["teacher.use_cached_logits", "teacher.temperatures", "teacher.sampling", "loss.alpha",
            "loss.temperature", "loss.divergence", "loss.tail"], lambda r: r.distils, "training.mode is ce"),
     _EffectRule(["teacher.cache."], lambda r: not r.distils or r.teacher.reads_cache,

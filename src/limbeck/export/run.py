@@ -14,7 +14,8 @@ from limbeck.console import say
 from limbeck.errors import ConfigError, LimbeckError
 from limbeck.export.folder import refuse_foreign_folder
 from limbeck.export.source import ExportSource, model_folder, ternary_settings
-from limbeck.storage import atomic_write_text, folder_lock, leftovers_of, plain_disk_errors
+from limbeck.registration import OWN_TYPES
+from limbeck.storage import atomic_write_text, folder_lock, leftovers_of, plain_disk_errors, read_json
 
 
 def export_student(section: ExportConfig, run: Path, name: str, *, verify: bool = False) -> dict[str, Any]:
@@ -44,6 +45,7 @@ def next_steps(format: str, output: str, name: str) -> list[str]:  # noqa: A002 
     """What to type to use an exported model, line by line."""
     modelfile = shlex.quote(str(Path(output).with_suffix(".Modelfile")))
     loads = f"from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained({output!r})"
+    own_type = format != "gguf" and read_json(Path(output) / "config.json").get("model_type") in OWN_TYPES
     output, tag = shlex.quote(output), re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-.")
     own = f"limbeck generate {output} --prompt 'Once upon a time'"
     if format == "gguf":
@@ -53,7 +55,7 @@ def next_steps(format: str, output: str, name: str) -> list[str]:  # noqa: A002 
             f"ollama create {tag} -f {modelfile} && ollama run {tag}",
             f"limbeck inspect {output}",
         ]
-    if format == "packed":
+    if format == "packed" or own_type:
         return [own, f"python -c {shlex.quote(f'import limbeck; {loads}')}"]
     return [own, f"vllm serve {output}", f"python -c {shlex.quote(loads)}"]
 

@@ -14,6 +14,7 @@ import torch
 from limbeck.errors import LimbeckError
 from limbeck.models import load_causal_lm
 from limbeck.registration import METHOD
+from limbeck.registry import ARCHITECTURES
 from limbeck.storage import read_json
 from limbeck.students.ternary import TernaryTensor, as_matrix, quantise
 
@@ -31,6 +32,12 @@ def model_folder(path: Path) -> Path:
         f"{path} holds no finished model (no config.json with .safetensors in it, in final/ or in student/final/). "
         "Name a run's folder, its student/, or a model's folder; train it first with `limbeck train`."
     )
+
+
+def has_gguf(folder: Path) -> bool:
+    """True when the architecture of a finished model's folder has a GGUF form."""
+    config = folder / "config.json"
+    return config.is_file() and read_json(config).get("model_type") in ARCHITECTURES
 
 
 def ternary_settings(folder: Path) -> dict[str, Any]:

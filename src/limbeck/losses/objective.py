@@ -155,8 +155,9 @@ class Objectives(torch.nn.Module):
 
     @classmethod
     def of(cls, context: Context) -> "Objectives":
-        """What every run has (cross-entropy with the divergence, the routers' losses), and `loss.objectives`."""
-        chosen: list[tuple[float, str, dict[str, Any]]] = [(1.0, "distillation", {}), (1.0, "routers", {})]
+        """What every run has (cross-entropy with the divergence, routers, halting heads), and `loss.objectives`."""
+        always = ("distillation", "routers", "halting")
+        chosen: list[tuple[float, str, dict[str, Any]]] = [(1.0, name, {}) for name in always]
         for entry in context.loss.objectives:
             if entry.name in [name for _, name, _ in chosen]:
                 raise ConfigError(f"loss.objectives names {entry.name!r}, which is there already; remove it.")

@@ -108,8 +108,9 @@ def _head_rows(attention: nn.Module, config: Any, out: int, name: str = "") -> i
         return int(latent) if out > latent and out % latent == 0 else 0
     key, value = getattr(attention, "head_k_dim", None), getattr(attention, "head_v_dim", None)
     if key is not None and key != value:  # linear attention whose keys and values differ in width
-        return 0
-    width = key if key is not None else getattr(attention, "head_dim", None)
+        width = {"q_proj": key, "k_proj": key, "v_proj": value}.get(name.rpartition(".")[2], 0)
+    else:
+        width = key if key is not None else getattr(attention, "head_dim", None)
     if width is None and config is not None:
         heads = getattr(config, "num_attention_heads", None)
         width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)

@@ -21,6 +21,10 @@ from limbeck.models import MatrixLayout, hidden_matrices
 _NO_DECAY = re.compile(r"(^|\.)(A_log|dt_bias|D)$")
 
 
+#: Parameters that mix mHC-lite streams.
+_STREAMS = re.compile(r"(^|\.)mhc_(attention|mlp)\.")
+
+
 @dataclass(frozen=True)
 class _Rule:
     regex: re.Pattern[str]
@@ -68,16 +72,15 @@ def build_groups(
                 f"optimizer.algorithms gives {aliases[0]} to muon, which works on matrices, and its shape is "
                 f"{tuple(parameter.shape)}. Give it to lion or adamw."
             )
-        decays = parameter.ndim >= 2 and not aliases[0].endswith("bias") and not _NO_DECAY.search(aliases[0])
-        decays = decays and not getattr(parameter, "_no_weight_decay", False)
+        mixes, decays = _STREAMS.search(aliases[0]) is not None, _decays(parameter, aliases[0])
+        label = label if not mixes else f"{label} · mhc" if scale else "mhc"
         key = (label, algorithm, decays)
         if key not in groups:
             settings = _settings(optimizer, algorithm, learning_rate, weight_decay, adam or {})
+            rate = (optimizer.mhc.learning_rate if mixes else None) or settings["lr"]
             name = " · ".join([label, algorithm, *([] if decays else ["no decay"])])
             groups[key] = {"params": [], "algorithm": algorithm, "name": name, **settings}
-            groups[key]["lr"] *= factor
-            groups[key]["lr_multiplier"] = factor
-            groups[key]["weight_decay"] *= decays
+            groups[key].update(lr=rate * factor, lr_multiplier=factor, weight_decay=settings["weight_decay"] * decays)
         groups[key]["params"].append(parameter)
         if algorithm == "muon":
             chosen = layout or MatrixLayout()
@@ -88,6 +91,13 @@ def build_groups(
         raise ConfigError("parameter_lr_multipliers freezes every parameter; leave one to train.")
     # The first group's rate is the one that a log line calls `lr`: that of hidden matrices, without a factor.
     return sorted(groups.values(), key=lambda g: (g["algorithm"] != optimizer.for_matrices, g["lr_multiplier"] != 1.0))
+
+
+def _decays(parameter: nn.Parameter, name: str) -> bool:
+    """True for what weight decay is for: matrices that are no state-space parameters and do not mix streams."""
+    if parameter.ndim < 2 or name.endswith("bias") or _NO_DECAY.search(name) or _STREAMS.search(name):
+        return False
+    return not getattr(parameter, "_no_weight_decay", False)
 
 
 #: Name of the group of parameters that objectives own.

@@ -31,9 +31,22 @@ def build_student(config: StudentConfig, keys: dict[str, int], seed: int) -> Any
     set_seed(seed)
     student = STUDENTS.get(config.builder or "transformers")(config, keys)
     require_vocabulary(config, student, keys["vocab_size"])
+    finish_student(student, config)
+    return student
+
+
+def finish_student(student: Any, config: StudentConfig) -> None:
+    """Add to a model, in place, what the recipe's `student` asks for beside an architecture: streams, ternary weights.
+
+    Raises:
+        ConfigError: the model cannot have them.
+    """
+    if config.mhc is not None:
+        from limbeck.students.mhc.models import add_streams
+
+        add_streams(student, config.mhc.streams, config.mhc.form)
     if config.ternary is not None:
         make_ternary(student, config.ternary)
-    return student
 
 
 def require_vocabulary(config: StudentConfig, student: Any, wanted: int) -> None:

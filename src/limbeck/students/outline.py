@@ -12,7 +12,7 @@ from limbeck.config import StudentConfig
 from limbeck.errors import ConfigError
 from limbeck.models import model_config, require_context
 from limbeck.registry import STUDENTS
-from limbeck.students.build import make_ternary, require_vocabulary
+from limbeck.students.build import finish_student, require_vocabulary
 
 
 def outline_of(section: StudentConfig, keys: dict[str, int], length: int) -> Any | None:
@@ -41,8 +41,8 @@ def outline_of(section: StudentConfig, keys: dict[str, int], length: int) -> Any
         require_context(student.config, length, f"student {section.model}")
     else:
         require_context(student.config, length, "student", "raise student.config.max_position_embeddings")
-    if section.ternary is not None:
-        make_ternary(student, section.ternary)
+    with torch.device("meta"):
+        finish_student(student, section)
     return student
 
 

@@ -59,7 +59,7 @@ def attach_objectives(model: Any) -> None:
         if loss_request is None:
             return plain_forward(*args, **kwargs)
         found: list[torch.Tensor] = []
-        measured: dict[str, torch.Tensor] = {}
+        measured: list[Mapping[str, torch.Tensor]] = []
         batch, objectives = loss_request.batch, loss_request.objectives
 
         def head_forward(hidden: torch.Tensor) -> torch.Tensor:
@@ -68,15 +68,22 @@ def attach_objectives(model: Any) -> None:
                 loss = objectives.exact(outputs, batch)
             else:
                 loss, metrics = objectives(outputs, batch)
-                measured.update(metrics)
+                measured.append(metrics)
             # Three dimensions, because model code slices and scales what it takes for logits.
             found.append(loss.reshape(1, 1, 1))
             return found[0]
 
         with tap.recording(), head_replaced(head, head_forward):
             outputs = plain_forward(*args, **{**kwargs, "use_cache": False})
-        # The loss goes on from the very tensor that left the head, so that hooks on the head's output (FSDP2)
-        # see the gradient.
-        return LossOutput(loss=found[0].reshape(()), metrics=measured, hidden_states=outputs.hidden_states)
+        # The loss goes on from the very tensors that left the head, so that hooks on the head's output (FSDP2)
+        # see the gradient. A model that calls its head after each of several segments is trained on their mean.
+        loss = found[0].reshape(()) if len(found) == 1 else torch.cat(found).mean()
+        metrics = measured[0] if len(measured) == 1 else _means(measured)
+        return LossOutput(loss=loss, metrics=metrics, hidden_states=outputs.hidden_states)
 
     model.forward = forward
+
+
+def _means(measured: list[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    names = measured[0] if measured else ()
+    return {name: torch.stack([part[name].float() for part in measured]).mean(dim=0) for name in names}

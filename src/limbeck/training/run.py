@@ -51,8 +51,8 @@ _NOT_INPUTS = {
 }  # fmt: skip
 
 
-#: Keys of `loss` that mean something without a teacher: the routers' losses, and whatever else is added.
-_WITHOUT_TEACHER = {"load_balance", "router_aux", "router_aux_kind", "objectives"}
+#: Keys of `loss` that mean something without a teacher: the routers' and halting losses, and whatever is added.
+_WITHOUT_TEACHER = {"load_balance", "router_aux", "router_aux_kind", "halting", "objectives"}
 
 
 def train_inputs(recipe: Recipe, rows: PackedDataset) -> dict[str, Any]:
@@ -67,6 +67,7 @@ def train_inputs(recipe: Recipe, rows: PackedDataset) -> dict[str, Any]:
         "student": recipe.student.config,
         "builder": recipe.student.builder,
         "ternary": recipe.student.ternary.model_dump(mode="json") if recipe.student.ternary else None,
+        "mhc": recipe.student.mhc.model_dump(mode="json") if recipe.student.mhc else None,
         "start": model_identity(recipe.student.model, recipe.student.revision) if recipe.student.model else None,
         "training": training,
         "parameter_lr_multipliers": [rule.model_dump() for rule in recipe.parameter_lr_multipliers],

@@ -51,6 +51,7 @@ from limbeck.training.metrics import StepMetrics, evaluation_metrics
 from limbeck.training.own_parameters import OwnParameters
 from limbeck.training.prefetch import PENDING, TargetsAhead
 from limbeck.training.saddle import SaddleCallback
+from limbeck.training.streams import StreamWatch
 from limbeck.training.ternarisation import TernaryWatch
 
 
@@ -127,6 +128,7 @@ class DistillationTrainer(CheckpointingTrainer):
         self.ternary = TernaryWatch(model, args.ternary_warmup_steps) if hasattr(model, "ternary_state") else None
         if self.ternary is not None:
             self.add_callback(self.ternary)
+        self._streams = StreamWatch(model)
         self._interruption = Interruption(self._on_any_rank)
         self.add_callback(self._interruption)
         self.saddle = SaddleCallback(self, args.saddle) if args.saddle.enabled else None
@@ -289,7 +291,8 @@ class DistillationTrainer(CheckpointingTrainer):
             with self.compute_loss_context_manager():
                 targets = self._targets(rows, inputs, self.eval_teacher)
                 reference = None if self.eval_teacher is None else self.eval_teacher.reference(rows)
-                outputs = self._forward(model, rows, inputs["labels"], targets, reference=reference)
+                with self._streams.recording(first == 0):
+                    outputs = self._forward(model, rows, inputs["labels"], targets, reference=reference)
             whole, drawn = reference is not None, targets is not None and targets.weights is not None
             counts = int(start < count)
             found = {name: value * counts for name, value in outputs.metrics.items()}
@@ -298,6 +301,7 @@ class DistillationTrainer(CheckpointingTrainer):
         model.train()
         self._scores.train()
         metrics = evaluation_metrics(means, metric_key_prefix, whole=whole, drawn=drawn)
+        metrics.update(self._streams.measure(metric_key_prefix))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.metrics.skip(time.perf_counter() - clock)  # throughput is of training alone

@@ -1,0 +1,177 @@
+"""Decoders of transformers with mHC-lite streams: `mhc_llama`, `mhc_qwen3` and so on.
+
+The one idea: a decoder layer is x + attention(norm x), then x + mlp(norm x); with streams both additions become
+hyper-connections, everything else is the architecture's own code. Streams travel between layers side by side as
+`[B, T, N·D]`, so the model around the layers does not know of them: the first layer copies, the last takes the mean.
+A model with streams has a `model_type` of its own, because what reads it without them would read another model.
+
+Shapes: B rows, T positions, N streams, D width.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers import initialization as init
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+from limbeck.errors import ConfigError
+from limbeck.registration import MHC_BASES, MHC_PREFIX
+from limbeck.students.mhc.connection import FORMS, MOST_STREAMS, HyperConnection
+
+Tensor = torch.Tensor
+
+
+class StreamedLayer(nn.Module):
+    """Mixed into a decoder layer's class: the same sublayers between hyper-connections."""
+
+    def connect(self, config: Any, number: int, count: int) -> None:
+        """Add the connections of layer `number` of `count`."""
+        self.is_first, self.is_last = number == 0, number == count - 1
+        self.streams = config.mhc_streams
+        settings = (config.mhc_form == "dynamic", config.rms_norm_eps)
+        self.mhc_attention = HyperConnection(self.streams, config.hidden_size, 2 * number, *settings)
+        self.mhc_mlp = HyperConnection(self.streams, config.hidden_size, 2 * number + 1, *settings)
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """`[B, T, D]` or `[B, T, N·D]` in; out the same, or the mean of the streams after the last layer."""
+        layer: Any = self
+        if self.is_first:
+            streams = hidden_states.unsqueeze(-2).expand(*hidden_states.shape[:-1], self.streams, -1)
+        else:
+            streams = hidden_states.reshape(*hidden_states.shape[:-1], self.streams, -1)
+        streams = self.mhc_attention(
+            streams, lambda x: layer.self_attn(hidden_states=layer.input_layernorm(x), **kwargs)[0]
+        )
+        streams = self.mhc_mlp(streams, lambda x: layer.mlp(layer.post_attention_layernorm(x)))
+        result: Tensor = streams.mean(dim=-2) if self.is_last else streams.flatten(-2)
+        return result
+
+
+class _StreamInit:
+    """Mixed into the classes of a model and of its body, which transformers asks to initialise what they hold."""
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, HyperConnection):
+            for name, value in module.initial().items():
+                init.copy_(getattr(module, name), value)
+        else:
+            super()._init_weights(module)  # type: ignore[misc]
+
+
+class Streamed(_StreamInit):
+    """Mixed into a causal LM's class: streams are connected once the model is made."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]  # the architecture's own
+        connect_streams(self)
+
+
+@cache
+def streamed_config(base: str) -> Any:
+    """The config class of `mhc_BASE`."""
+    parent: Any = CONFIG_MAPPING[base]
+    name = f"MHC{parent.__name__}"
+    made: Any = type(
+        name,
+        (parent,),
+        {
+            "model_type": MHC_PREFIX + base,
+            "mhc_streams": 2,
+            "mhc_form": "dynamic",
+            "__module__": __name__,
+            "__annotations__": {"mhc_streams": int, "mhc_form": str},
+            "__doc__": f"{parent.__name__} with N = `mhc_streams` residual streams, mixed in `mhc_form`.",
+            "validate_streams": _validate_streams,
+        },
+    )
+    return strict(made)
+
+
+def _validate_streams(config: Any) -> None:
+    if not 1 <= config.mhc_streams <= MOST_STREAMS:
+        raise ValueError(f"mhc_streams is {config.mhc_streams}; choose 1 to {MOST_STREAMS}")
+    if config.mhc_form not in FORMS:
+        raise ValueError(f"mhc_form is {config.mhc_form!r}; choose {' or '.join(FORMS)}")
+
+
+@cache
+def streamed_model(base: str) -> Any:
+    """The causal LM class of `mhc_BASE`, known to `AutoModelForCausalLM`."""
+    config = streamed_config(base)
+    parent: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[base]]
+    made = type(f"MHC{parent.__name__}", (Streamed, parent), {"config_class": config, "__module__": __name__})
+    AutoModelForCausalLM.register(config, made, exist_ok=True)
+    return made
+
+
+@cache
+def _mixed(mixin: type, parent: type) -> Any:
+    """A class that is both, under the parent's name, by which accelerate and FSDP know it."""
+    return type(parent.__name__, (mixin, parent), {"__module__": __name__})
+
+
+def connect_streams(model: Any) -> None:
+    """Turn the decoder layers of a model, whose config names the streams, into layers with streams."""
+    config, layers, body = model.config, model.model.layers, model.model
+    body.__class__ = _mixed(_StreamInit, body.__class__)
+    # transformers has noted under the class of before what it may record; hidden states are then `[B, T, N·D]` inside.
+    _CAN_RECORD_REGISTRY[body] = body._can_record_outputs
+    for number, layer in enumerate(layers):
+        layer.__class__ = _mixed(StreamedLayer, layer.__class__)
+        layer.connect(config, number, len(layers))
+        weight = next(layer.self_attn.parameters())
+        for connection in (layer.mhc_attention, layer.mhc_mlp):
+            connection.to(dtype=weight.dtype, device=weight.device)
+
+
+def add_streams(model: Any, streams: int, form: str) -> None:
+    """Give a causal LM streams, in place; what it computes stays what it was.
+
+    Args:
+        model: of one of the architectures in `MHC_BASES`, or one that has these streams already.
+        streams: N.
+        form: dynamic or static.
+
+    Raises:
+        ConfigError: another architecture, or other streams.
+    """
+    base = model.config.model_type
+    if base.startswith(MHC_PREFIX):
+        held = (model.config.mhc_streams, model.config.mhc_form)
+        if held != (streams, form):
+            raise ConfigError(
+                f"student.mhc is {streams} streams, {form}, and the weights have {held[0]}, {held[1]}. Leave "
+                "student.mhc out to go on with theirs."
+            )
+        return
+    if base not in MHC_BASES:
+        raise ConfigError(
+            f"student.mhc is set and model_type {base} is no decoder that takes streams; those are "
+            f"{', '.join(MHC_BASES)}."
+        )
+    if type(model) is not MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[base]]:
+        raise ConfigError(
+            f"student.mhc is set and the student is a {type(model).__name__}, code of its own over {base}, which "
+            "streams would leave out. Give streams to a model of transformers."
+        )
+    model.config.__class__ = streamed_config(base)
+    model.config.mhc_streams, model.config.mhc_form = streams, form
+    model.__class__ = streamed_model(base)
+    model.config.architectures = [type(model).__name__]
+    connect_streams(model)
+
+
+def __getattr__(name: str) -> Any:
+    """Classes by name, for pickle."""
+    for base in MHC_BASES if name.startswith("MHC") else ():
+        for made in (streamed_config(base), streamed_model(base)):
+            if made.__name__ == name:
+                return made
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
