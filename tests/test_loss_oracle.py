@@ -432,8 +432,8 @@ def test_router_losses_are_the_definitions(kind, top_k, masked):
         layer.requires_grad_()
     mask = torch.rand(4, 6, generator=generator) < 0.6 if masked else None
     kept = [i for i in range(tokens) if mask is None or bool(mask.flatten()[i])]
-    balance, aux, load = 0.0, 0.0, torch.zeros(experts, dtype=torch.float64)
-    for layer in layers:
+    balance, aux, load, entropy = 0.0, 0.0, torch.zeros(3, experts, dtype=torch.float64), torch.zeros(3).double()
+    for number, layer in enumerate(layers):
         share, mean = torch.zeros(experts, dtype=torch.float64), 0.0
         for i in kept:
             p = layer[i].exp() / layer[i].exp().sum()
@@ -442,13 +442,15 @@ def test_router_losses_are_the_definitions(kind, top_k, masked):
             mean = mean + p / len(kept)
             term = layer[i].exp().sum().log() ** 2 if kind == "z" else -(p * p.log()).sum()
             aux = aux + term / len(kept) / len(layers)
+            entropy[number] -= float((p * p.log()).sum()) / len(kept)
         balance = balance + experts * (share * mean).sum() / len(layers)
-        load += share / len(layers)
+        load[number] = share
     routings = [Routing(layer, layer.topk(top_k, dim=-1).indices) for layer in layers]
     found = router_losses(routings, mask, kind)
     close(found.load_balance, balance, rtol=1e-5)
     close(found.aux, aux, rtol=1e-5)
     close(found.load, load, rtol=1e-5)
+    close(found.entropy, entropy, rtol=1e-5)
     for mine, their in ((found.load_balance, balance), (found.aux, aux)):
         both = [torch.autograd.grad(loss, layers, retain_graph=True) for loss in (mine, their)]
         for a, b in zip(*both, strict=True):

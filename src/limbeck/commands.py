@@ -79,6 +79,21 @@ def teacher_cache(recipe: Recipe, options: Options) -> Result:
     return _pipeline(_for_caching(recipe), "cache", options)
 
 
+def compress(recipe: Recipe, options: Options) -> Result:
+    """Compress a model (packing the text it is measured on first)."""
+    section = recipe.compress
+    if section is None:
+        raise ConfigError(
+            "limbeck compress needs to know how: `limbeck compress MODEL --method latent --keep 0.5 --calibration "
+            "TEXT`, or --keep-layers and --keep-ffn for a dense model."
+        )
+    if section.calibration_rows and "name" not in recipe.dataset.model_fields_set:
+        warn("no --calibration: the weights alone decide; a text like the student's makes a better student")
+        section = section.model_copy(update={"calibration_rows": 0})
+        recipe = recipe.model_copy(update={"compress": section})
+    return _pipeline(recipe, "compress", options)
+
+
 def teacher_probe(recipe: Recipe, options: Options) -> Result:
     """Find out what an endpoint speaks and gives."""
     from limbeck.teachers.probe import probe, report_text
@@ -123,7 +138,13 @@ def _pipeline(recipe: Recipe, last: str | None, options: Options) -> Result:
         return Result({"stages": [{"name": s.name, "state": s.state, "needs": s.needs} for s in stages]}, text)
     report = run_pipeline(recipe, last, force=options.force, keep_existing=options.skip_existing)
     data: dict[str, Any] = {"stages": [asdict(stage) for stage in report.stages], **report.results}
-    folder = {"pack": recipe.packed_dir, "cache": recipe.cache_dir, "train": recipe.student_dir}.get(last or "")
+    folders = {
+        "pack": recipe.packed_dir,
+        "compress": recipe.compress_dir,
+        "cache": recipe.cache_dir,
+        "train": recipe.student_dir,
+    }
+    folder = folders.get(last or "")
     if folder is not None:
         data["output"] = str(folder)
     return Result(data, _report_text(report, folder or recipe.root))

@@ -93,6 +93,41 @@ class CacheManifest(Manifest):
     teacher_mass: float
 
 
+class CompressedLayer(Record):
+    """What became of one layer of a compressed model.
+
+    Attributes:
+        layer: its number in the model that was compressed.
+        description: how its experts are held, or how many channels stay.
+        error: ‖y − ŷ‖ / ‖y‖ of what the exchanged part gives for a sample of its inputs.
+        before, after: weights of that part.
+    """
+
+    layer: int
+    description: dict[str, Any]
+    error: float
+    before: int
+    after: int
+
+    @property
+    def how(self) -> str:
+        """The method and its number."""
+        numbers = [str(value) for key, value in self.description.items() if key != "method"]
+        return " ".join([str(self.description["method"]), *numbers])
+
+
+class CompressedManifest(Manifest):
+    """A compressed model."""
+
+    command: ClassVar[str] = "compress"
+
+    kind: str = "compressed"
+    model: str
+    layers: list[CompressedLayer]
+    bytes: int
+    weights: dict[str, str]
+
+
 class StudentManifest(Manifest):
     """A trained student; `stages` are the names of the training's stages, where it has any."""
 

@@ -213,7 +213,11 @@ def _set_key(tree: dict[str, Any], path: list[str], value: Any) -> None:
 
 
 def load_recipe(
-    path: Path | None, overrides: Mapping[str, Any] | None = None, origins: Mapping[str, str] | None = None
+    path: Path | None,
+    overrides: Mapping[str, Any] | None = None,
+    origins: Mapping[str, str] | None = None,
+    *,
+    tiny: bool = False,
 ) -> Recipe:
     """Read a YAML recipe, lay the overrides over it and check the whole.
 
@@ -221,6 +225,7 @@ def load_recipe(
         path: the file; None for the defaults.
         overrides: a tree of keys.
         origins: dotted key of an override -> the flag it was given by, for messages.
+        tiny: lay the recipe's own `tiny` over it.
 
     Raises:
         ConfigError: the file is missing, is not YAML, or a key or value is wrong; the message gives the
@@ -239,6 +244,8 @@ def load_recipe(
         if not isinstance(tree, dict):
             raise ConfigError(f"recipe {path} holds a {type(tree).__name__}; it must be a mapping of sections.")
         tree.setdefault("name", path.stem)
+    if tiny:
+        tree = _made_tiny(tree, path)
     tree = _replaced_student(rewritten(tree), overrides or {})
     tree = rewritten(merged(tree, overrides or {}), override=True)
     where = str(path or "configuration")
@@ -253,6 +260,14 @@ def load_recipe(
         known = [key for key, _ in keys()] + list(Recipe.model_fields) + list(EARLIER)
         raise ConfigError(explain(error, where, known, origins)) from None
     return recipe
+
+
+def _made_tiny(tree: dict[str, Any], path: Path | None) -> dict[str, Any]:
+    """The recipe with its own `tiny` laid over it."""
+    small = tree.pop("tiny", None)
+    if not isinstance(small, dict) or not small:
+        raise ConfigError(f"--tiny is given and {path or 'there'} has no section `tiny`, whose keys it would take.")
+    return rewritten(merged(rewritten(tree), small), override=True)
 
 
 def _yaml_problem(error: Exception) -> str:

@@ -19,8 +19,17 @@ METHOD = "limbeck-ternary"  # quantization_config.quant_method of our checkpoint
 #: Architectures of transformers whose decoders can have mHC-lite streams: `mhc_llama` and so on.
 MHC_BASES = ("llama", "mistral", "ministral", "qwen2", "qwen3", "qwen3_moe", "smollm3")
 MHC_PREFIX = "mhc_"
+#: Architectures whose routed experts can be compressed: `compressed_qwen3_moe` and so on.
+MOE_BASES = ("qwen3_moe", "qwen3_next", "qwen2_moe", "olmoe", "mixtral")
+COMPRESSED_PREFIX = "compressed_"
+#: The module that gives their classes by name.
+AUTO = "limbeck.students.auto"
 #: model_type of every architecture of our own.
-OWN_TYPES = ("retnet_hrm", *(MHC_PREFIX + base for base in MHC_BASES))
+OWN_TYPES = (
+    "retnet_hrm",
+    *(MHC_PREFIX + base for base in MHC_BASES),
+    *(COMPRESSED_PREFIX + base for base in MOE_BASES),
+)
 
 
 class _LazyQuantizationConfig:
@@ -49,7 +58,7 @@ class _Architectures(dict[str, Any]):
     def __missing__(self, model_type: str) -> Any:
         if model_type not in OWN_TYPES:
             raise KeyError(model_type)
-        self[model_type] = importlib.import_module("limbeck.students.auto").own_config_class(model_type)
+        self[model_type] = importlib.import_module(AUTO).own_config_class(model_type)
         return self[model_type]
 
     def __contains__(self, model_type: object) -> bool:

@@ -197,5 +197,5 @@ SUITES: Registry[Any] = Registry("suite", "evaluation.suites", "limbeck.evaluati
 ARCHITECTURES: Registry[Any] = Registry("architecture", "model_type", "limbeck.export.architectures")
 STAGES: Registry[Any] = Registry("stage", "plugins", "limbeck.stages")
 OBJECTIVES: Registry[Any] = Registry(
-    "objective", "loss.objectives", "limbeck.losses.objectives", "limbeck.losses.halting"
+    "objective", "loss.objectives", "limbeck.losses.objectives", "limbeck.losses.halting", "limbeck.losses.router_kd"
 )

@@ -18,6 +18,9 @@ from typing import Any
 
 from limbeck.errors import ConfigError, CorruptError, LimbeckError
 
+#: What lies beside the weights of a model: tokenizer, chat template, generation settings.
+_BESIDE = (".json", ".jinja", ".txt", ".model")
+
 
 def canonical_json(value: Any) -> str:
     """JSON with sorted keys and no spaces: the same value always gives the same text."""
@@ -226,6 +229,14 @@ def inside(folder: Path, name: str) -> Path:
     if not path.is_relative_to(folder.resolve()):
         raise CorruptError(f"a manifest in {folder} names {name!r}, which is outside that folder.")
     return path
+
+
+def copy_beside(source: Path, partial: Path) -> None:
+    """Copy what lies beside a model's weights, but for what has been written anew."""
+    for path in source.iterdir():
+        kept = path.suffix in _BESIDE and not path.name.endswith((".index.json", "manifest.json"))
+        if kept and not (partial / path.name).exists():
+            shutil.copy2(path, partial / path.name)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -143,8 +143,10 @@ def test_a_killed_rank_ends_the_run_clearly_and_it_resumes(tiny, tmp_path):
         os.kill(ranks_of(agent.pid)[1], signal.SIGKILL)
         assert agent.wait(timeout=120) != 0
     text = (tmp_path / "err").read_text()
-    # Rank 0 notices the lost connection, or torchrun ends it first; either says how to go on.
-    assert "lost another rank" in text or "terminated; run the same command again to continue" in text, text[-3000:]
+    # Rank 0 notices the lost connection, or torchrun ends it first: in a step, or while it leaves because of the
+    # connection. Each says how to go on.
+    said = ("lost another rank", "terminated; run the same command again to continue", "the same command goes on after")
+    assert any(words in text for words in said), text[-3000:]
     assert not (folder / "student" / "manifest.json").exists()
     again = subprocess.run(command(folder), capture_output=True, text=True, timeout=300, env=environment)
     assert again.returncode == 0, again.stderr[-3000:]

@@ -113,7 +113,7 @@ def _execute(
     path, found = interpret_words(f"limbeck {name}", sub, words, config)
     if sub.needs_recipe and path is None:
         raise ConfigError(f"limbeck {name} needs a recipe: `limbeck {name} recipes/quickstart.yaml`.")
-    recipe = load_recipe(path, tree_of({**found, **keys}, origins), origins)
+    recipe = load_recipe(path, tree_of({**found, **keys}, origins), origins, tiny=switches.pop("tiny", False))
     from limbeck import commands, ranks
     from limbeck.console import set_up_logging
 

@@ -9,6 +9,7 @@ SWITCHES = {
     "skip-existing": "Leave a complete folder as it is, whatever it was made from.",
     "verify": "Compare what was written with the student, and run it through llama.cpp where that is installed.",
     "pretrain-ce-only": "No teacher: training.mode ce.",
+    "tiny": "The recipe's own small variant: the keys of its section `tiny` are laid over it.",
     "prune": "Delete the earlier results that lie in previous/.",
     "json": "Print the result as one JSON document on stdout.",
 }
@@ -63,7 +64,7 @@ SUBCOMMANDS: dict[str, Subcommand] = {
     "run": Subcommand(
         "run",
         "Run every stage of a recipe; what is done already is skipped.",
-        ("dry-run", "pretrain-ce-only"),
+        ("dry-run", "pretrain-ce-only", "tiny"),
         {"output-dir": "output_dir"},
         first=("name", *_DATA, *_TEACHER, *_TRAINING, "pipeline.export"),
         needs_recipe=True,
@@ -71,7 +72,7 @@ SUBCOMMANDS: dict[str, Subcommand] = {
     "train": Subcommand(
         "train",
         "Train the student, with its teacher or with cross-entropy alone.",
-        ("dry-run", "force", "pretrain-ce-only"),
+        ("dry-run", "force", "pretrain-ce-only", "tiny"),
         first=("output_dir", *_TRAINING, *_TEACHER, *_DATA),
     ),
     "eval": Subcommand(
@@ -118,14 +119,31 @@ SUBCOMMANDS: dict[str, Subcommand] = {
     "data pack": Subcommand(
         "data_pack",
         "Tokenise text and pack it into Parquet rows.",
-        ("dry-run", "force", "skip-existing"),
+        ("dry-run", "force", "skip-existing", "tiny"),
         {"input": "dataset.name", "output": "dataset.packed_dir", "output-dir": "dataset.packed_dir"},
         first=(*_DATA[1:], "dataset.validation_fraction", "dataset.num_proc"),
+    ),
+    "compress": Subcommand(
+        "compress",
+        "Compress a model in closed form: experts, layers, feed-forward channels.",
+        ("dry-run", "force", "skip-existing", "tiny"),
+        {
+            "method": "compress.method",
+            "rank": "compress.rank",
+            "keep": "compress.keep",
+            "keep-layers": "compress.keep_layers",
+            "keep-ffn": "compress.keep_ffn",
+            "calibration": "dataset.name",
+            "calibration-rows": "compress.calibration_rows",
+            "output": "compress.output_dir",
+        },
+        first=("dataset.max_length", "training.device"),
+        word="teacher.model",
     ),
     "teacher cache": Subcommand(
         "teacher_cache",
         "Run the teacher once and keep its top-k targets in HDF5.",
-        ("dry-run", "force", "skip-existing"),
+        ("dry-run", "force", "skip-existing", "tiny"),
         {"output-dir": "teacher.cache.dir", "batch-size": "teacher.local.batch_size", "device": "teacher.local.device"},
         first=("teacher.model", "teacher.remote.endpoint", "teacher.top_k", "teacher.temperatures", *_DATA),
     ),

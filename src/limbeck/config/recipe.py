@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt, PrivateAttr, ValidationError, field_validator, model_validator
 
 from limbeck.config.base import OR_WORDS, ModelSource, Positive, Section, Seed, merged
+from limbeck.config.compress import CompressConfig
 from limbeck.config.data import DatasetConfig, TokenizerConfig
 from limbeck.config.moved import rewritten
 from limbeck.config.student import StudentConfig
@@ -123,6 +124,9 @@ class Recipe(Section):
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig, description="Tokenizer.")
     teacher: TeacherConfig = Field(default_factory=TeacherConfig, description="Teacher and its targets.")
     student: StudentConfig = Field(default_factory=StudentConfig, description="Student model.")
+    compress: CompressConfig | None = Field(
+        None, description="Compress the teacher, or another model, into the student's first weights; default none."
+    )
     loss: LossConfig = Field(default_factory=LossConfig, description="Loss.")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="Optimizer.")
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="Training loop.")
@@ -139,6 +143,10 @@ class Recipe(Section):
         default_factory=TeacherServerConfig, description="`limbeck teacher serve`."
     )
     pipeline: PipelineConfig = Field(default_factory=PipelineConfig, description="Extent of `limbeck run`.")
+    tiny: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Keys that `--tiny` lays over the recipe: the same run on a laptop.",
+    )
 
     _suffix: str = PrivateAttr("")  # of the data and cache folders of a stage with a dataset of its own
 
@@ -181,6 +189,42 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _student_is_compressed(self) -> "Recipe":
+        if self.compress is None:
+            return self
+        student, made = self.student, str(self.compress_dir)
+        if student.model not in (None, made):
+            raise ValueError(
+                f"student.model is {student.model} and compress makes the student's weights in {made}; leave one of "
+                "the two out"
+            )
+        if student.preset is not None or student.builder is not None:
+            raise ValueError("compress makes the student's weights, so leave student.preset and student.builder out")
+        if student.model is None:  # it follows from the run's folder, and is not the user's word
+            self.student = student.model_copy(update={"model": made})
+            self.student.model_fields_set.discard("model")
+        return self
+
+    @property
+    def compress_dir(self) -> Path:
+        """Folder of the compressed model that the student starts from."""
+        named = None if self.compress is None else self.compress.output_dir
+        return named or self.root / "checkpoint-0"
+
+    @property
+    def compress_source(self) -> ModelSource:
+        """The model that is compressed.
+
+        Raises:
+            ConfigError: none is named.
+        """
+        named = None if self.compress is None else self.compress.model
+        found = self.teacher.source if named is None else ModelSource(named)
+        if found is None:
+            raise ConfigError("nothing to compress: set teacher.model or compress.model.")
+        return found
+
     @property
     def root(self) -> Path:
         """Folder of the run."""
@@ -212,7 +256,8 @@ class Recipe(Section):
         if own.train_vocab_size is not None:
             return ModelSource(str(self.root / "tokenizer"))
         named = None if own.name is None else ModelSource(own.name, own.revision)
-        found = named or self.teacher.source or self.student.source
+        compressed = None if self.compress is None else self.compress_source
+        found = named or self.teacher.source or compressed or self.student.source
         if found is not None:
             return found
         if self.teacher.is_remote or self.teacher.cache.dir is not None:

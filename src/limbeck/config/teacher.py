@@ -117,7 +117,7 @@ class TeacherConfig(Section):
 
     model: str | None = Field(
         None,
-        description="Folder or hub id of a causal LM; `tiny-python` is the model in the package. Of a remote teacher "
+        description="Folder or hub id of a causal LM; `tiny-python` and `tiny-moe` are in the package. Of a remote teacher "
         "only the tokenizer is taken from here (and by `teacher probe` the weights, to compare).",
     )
     revision: str | None = Field(None, description="Commit or tag of a hub model.")

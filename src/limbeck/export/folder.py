@@ -12,8 +12,6 @@ from limbeck.errors import ConfigError
 from limbeck.storage import commit_folder, temporary_for
 
 _MADE_BY = ".limbeck-export"
-#: What lies beside the weights of a model: tokenizer, chat template, generation settings.
-_BESIDE = (".json", ".jinja", ".txt", ".model")
 
 
 @contextlib.contextmanager
@@ -47,11 +45,3 @@ def refuse_foreign_folder(target: Path, kind: str) -> None:
     made = target / _MADE_BY
     if held and not (made.is_file() and made.read_text(encoding="utf-8").strip() == kind):
         raise ConfigError(f"{target} would be replaced and holds {held[0]}. Name a new folder with --output.")
-
-
-def copy_beside(source: Path, partial: Path) -> None:
-    """Copy what lies beside a model's weights, but for what has been written anew."""
-    for path in source.iterdir():
-        kept = path.suffix in _BESIDE and not path.name.endswith((".index.json", "manifest.json"))
-        if kept and not (partial / path.name).exists():
-            shutil.copy2(path, partial / path.name)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from limbeck.export.folder import copy_beside, written_folder
+from limbeck.export.folder import written_folder
 from limbeck.export.source import ExportSource
 from limbeck.models import load_causal_lm
-from limbeck.storage import read_json, write_json
+from limbeck.storage import copy_beside, read_json, write_json
 from limbeck.students.quantizer import float8_key, pack_codes, packed_key, to_float8
 from limbeck.students.weights_file import KEY, rename_weights
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from limbeck.export.folder import copy_beside, written_folder
+from limbeck.export.folder import written_folder
 from limbeck.export.source import ExportSource
 from limbeck.export.verify import Agreement, log_probs
 from limbeck.models import load_causal_lm
+from limbeck.storage import copy_beside
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 

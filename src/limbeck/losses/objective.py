@@ -39,6 +39,7 @@ class Batch:
         num_items: positions of the whole accumulated, data-parallel batch; None: those here.
         step: the optimizer step, 0 being the first, for what is ramped.
         reference: the teacher's whole distributions, where an evaluation has them.
+        routings: what the teacher's routers decided, where an objective has asked for it.
     """
 
     labels: Tensor
@@ -46,6 +47,7 @@ class Batch:
     num_items: Tensor | float | None = None
     step: int = AFTER_ALL_RAMPS
     reference: Reference | None = None
+    routings: Sequence[Routing] | None = None
 
     @cached_property
     def valid(self) -> Tensor:
@@ -113,8 +115,8 @@ class Objective(torch.nn.Module):
     def forward(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, Metrics]:
         """The loss, a scalar as its part of the whole batch's mean, and metrics by name: sums over the positions here.
 
-        A metric of shape `[E]` is logged as NAME/000, NAME/001 and so on. Every micro-batch gives the same names, 0
-        where there is nothing: ranks add them up together.
+        A metric of shape `[E]` is logged as NAME/000, NAME/001 and so on, one of `[L, E]` as NAME/000/000. Every
+        micro-batch gives the same names, 0 where there is nothing: ranks add them up together.
         """
         raise NotImplementedError
 

@@ -100,7 +100,10 @@ class RouterObjective(Objective):
         return cls(context.loss)
 
     def forward(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, Metrics]:
-        """`load_balance_loss`, `router_aux_loss`, and `expert_load` `[E]`, each expert's share of the assignments.
+        """The losses and what the routers do.
+
+        `load_balance_loss`, `router_aux_loss`; `expert_load` `[E]`, each expert's share of the assignments over all
+        layers, and `layer_load` `[L, E]` of each layer, where those are few; `router_entropy` `[L]` in nats.
 
         Raises:
             ConfigError: a weight is set and the routers cannot be read, or have no gradient.
@@ -119,11 +122,15 @@ class RouterObjective(Objective):
         found = router_losses(routings, batch.valid, config.router_aux_kind)
         loss = (config.load_balance * found.load_balance + config.router_aux * found.aux) * batch.share
         count = batch.positions.double()
-        return loss, {
+        metrics = {
             "load_balance_loss": found.load_balance * count,
             "router_aux_loss": found.aux * count,
-            "expert_load": found.load.double() * count,
+            "router_entropy": found.entropy.double() * count,
+            "expert_load": found.load.double().mean(dim=0) * count,
         }
+        if found.load.numel() <= _MOST_LOADS:
+            metrics["layer_load"] = found.load.double() * count
+        return loss, metrics
 
 
 def _require_gradient(outputs: Outputs) -> None:
@@ -138,6 +145,7 @@ def _require_gradient(outputs: Outputs) -> None:
 
 
 _SCORE_BYTES = 32 << 20
+_MOST_LOADS = 1024  # shares in a log line: of all layers' experts together
 
 
 class KLToTeacher(Objective):

@@ -33,11 +33,18 @@ _BY_LOGITS = {"JetMoeTopKGating": False, "DbrxRouter": False, "Llama4Router": Tr
 
 @dataclass(frozen=True)
 class RouterLosses:
-    """Means over layers and tokens; `load` [E] is each expert's share of the assignments, all layers together."""
+    """Means over tokens.
+
+    Attributes:
+        load_balance, aux: over all layers.
+        load: `[L, E]` each expert's share of its layer's assignments.
+        entropy: `[L]` of the routers' distributions, in nats; no gradient.
+    """
 
     load_balance: Tensor
     aux: Tensor
     load: Tensor
+    entropy: Tensor
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,11 @@ class Routing:
     logits: Tensor
     chosen: Tensor
     sigmoid: bool = False
+
+    def log_probs(self) -> Tensor:
+        """Log-probabilities of the experts `[N, E]` in float32; of sigmoids each one's share of their sum."""
+        z = self.logits.float()
+        return (torch.nn.functional.logsigmoid(z) if self.sigmoid else z).log_softmax(dim=-1)
 
 
 def router_losses(routings: Sequence[Routing], tokens: Tensor | None, kind: str = "z") -> RouterLosses:
@@ -70,22 +82,23 @@ def router_losses(routings: Sequence[Routing], tokens: Tensor | None, kind: str 
         raise ConfigError(f"loss.router_aux_kind is {kind!r}; choose z or entropy.")
     flat = None if tokens is None else tokens.reshape(-1)
     experts = max(routing.logits.shape[-1] for routing in routings)
-    balance, aux, load = [], [], []
+    balance, aux, load, entropies = [], [], [], []
     for routing in routings:
         z, chosen = routing.logits.float(), routing.chosen
         if flat is not None:
             kept = flat.to(z.device)
             z, chosen = z[kept], chosen[kept]
-        scores = torch.nn.functional.logsigmoid(z) if routing.sigmoid else z
-        log_p = scores.log_softmax(dim=-1)  # of sigmoids: each one's share of their sum
+        log_p = Routing(z, chosen, routing.sigmoid).log_probs()
         p = log_p.exp()
         share = torch.bincount(chosen.reshape(-1), minlength=z.shape[-1]).to(p.dtype) / max(chosen.numel(), 1)
         count = max(len(z), 1)
         balance.append(z.shape[-1] * (share * p.sum(dim=0) / count).sum())
-        per_token = z.logsumexp(dim=-1).square() if kind == "z" else -(p * log_p).sum(dim=-1)
+        entropy = -(p * log_p).sum(dim=-1)
+        per_token = z.logsumexp(dim=-1).square() if kind == "z" else entropy
         aux.append(per_token.sum() / count)
+        entropies.append(entropy.detach().sum() / count)
         load.append(torch.nn.functional.pad(share, (0, experts - len(share))))
-    return RouterLosses(torch.stack(balance).mean(), torch.stack(aux).mean(), torch.stack(load).mean(dim=0))
+    return RouterLosses(torch.stack(balance).mean(), torch.stack(aux).mean(), torch.stack(load), torch.stack(entropies))
 
 
 class RouterTap:

@@ -16,7 +16,7 @@ from limbeck.hub import HubError, commit_of
 from limbeck.storage import fingerprint, sha256_file_cached
 
 #: Models shipped in the package, by name.
-SHIPPED = {"tiny-python": Path(__file__).parent.parent / "assets" / "tiny-python"}
+SHIPPED = {name: Path(__file__).parent.parent / "assets" / name for name in ("tiny-python", "tiny-moe")}
 
 
 def resolve_model(name: str) -> str:

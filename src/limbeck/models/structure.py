@@ -23,10 +23,12 @@ class MatrixLayout:
     Attributes:
         rows: rows of one matrix; 0 when the last two dimensions are one matrix.
         transposed: True when outputs are columns (GPT-2's Conv1D, some experts), so that `rows` counts columns.
+        low_rank: one of two factors of a small correction, which stays in full precision.
     """
 
     rows: int = 0
     transposed: bool = False
+    low_rank: bool = False
 
     def split(self, tensor: Tensor) -> Tensor:
         """`[..., R·k, C]` to the `[n, R, C]` matrices in it."""
@@ -80,7 +82,7 @@ def hidden_matrices(model: nn.Module, *, split_heads: bool = True) -> dict[str, 
                 rows = out // 2
             elif split_heads and _HEADS.search(name):
                 rows = _head_rows(model.get_submodule(owner) if owner else model, config, out, prefix)
-            found[name] = MatrixLayout(rows, transposed)
+            found[name] = MatrixLayout(rows, transposed, bool(getattr(module, "is_low_rank", False)))
     return found
 
 

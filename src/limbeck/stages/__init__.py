@@ -4,4 +4,4 @@ Add one with a class that fulfils `base.Stage`, registered in `limbeck.registry.
 in which stages are asked what of them a recipe wants.
 """
 
-from limbeck.stages import tokenizer, pack, cache, train, evaluate, generate, export  # noqa: F401, I001
+from limbeck.stages import tokenizer, pack, compress, cache, train, evaluate, generate, export  # noqa: F401, I001

@@ -26,6 +26,7 @@ class Stage(ABC):
         command: the command that makes it alone, for messages.
         shared: all ranks of a torchrun make it together; other stages are rank 0's.
         scores_held_out: it needs held-out rows.
+        label: how the table of scores calls the model that it makes; "" where it makes none.
         recipe: what it is a stage of.
         name: as printed and in `--json`.
         path: the folder it writes.
@@ -37,6 +38,7 @@ class Stage(ABC):
     command: ClassVar[str] = "run"
     shared: ClassVar[bool] = False
     scores_held_out: ClassVar[bool] = False
+    label: str = ""
 
     def __init__(
         self, recipe: Recipe, name: str, path: Path, *, after: Sequence[str] = (), named: Path | None = None
@@ -101,6 +103,15 @@ class Stage(ABC):
 
     def made(self, later: "Sequence[Stage]") -> None:  # noqa: B027
         """Look at the result before the stages that follow begin."""
+
+    @property
+    def model_folder(self) -> Path:
+        """Where the model of `label` lies."""
+        return self.path
+
+    def weights(self) -> dict[str, str]:
+        """Checksums of that model's files, once it is made."""
+        return {}
 
     def read(self) -> dict[str, Any]:
         """What of the result the run's report shows, by key."""

@@ -7,11 +7,10 @@ from limbeck.config import Recipe
 from limbeck.data.tokenizer import recipe_tokenizer
 from limbeck.errors import ConfigError
 from limbeck.folders import StageFolder
-from limbeck.manifests import EvaluationManifest, PackedManifest, StudentManifest
+from limbeck.manifests import EvaluationManifest, PackedManifest
 from limbeck.plugins import plugin_identity
 from limbeck.registry import STAGES
 from limbeck.stages.base import Stage
-from limbeck.stages.train import TrainStage
 from limbeck.storage import read_json
 
 
@@ -20,20 +19,20 @@ class EvaluateStage(Stage):
     """Students and teacher to scores on the held-out rows.
 
     Args:
-        students: what was trained.
+        models: the stages whose models are scored.
     """
 
     scores_held_out = True
 
-    def __init__(self, recipe: Recipe, students: Sequence[TrainStage]) -> None:
-        after = ["pack", *(student.name for student in students)]
+    def __init__(self, recipe: Recipe, models: Sequence[Stage]) -> None:
+        after = ["pack", *(stage.name for stage in models)]
         super().__init__(recipe, "evaluate", recipe.root / "evaluation", after=after)
-        self.students = {student.label: student.path for student in students}
+        self.models = {stage.label: stage for stage in models}
 
     @classmethod
     def of(cls, recipe: Recipe, before: Sequence[Stage]) -> list[Stage]:
-        """One, of whatever was trained."""
-        return [cls(recipe, [stage for stage in before if isinstance(stage, TrainStage)])]
+        """One, of whatever was trained, and of the compressed model that it started from."""
+        return [cls(recipe, [stage for stage in before if stage.label])]
 
     def inputs(self) -> dict[str, Any]:
         """The students, the rows, the teacher, and what is measured."""
@@ -50,7 +49,7 @@ class EvaluateStage(Stage):
         recipe = self.recipe
         return {
             "packed": PackedManifest.read(recipe.packed_dir).fingerprint,
-            "students": {name: StudentManifest.read(path).weights for name, path in self.students.items()},
+            "students": {name: stage.weights() for name, stage in self.models.items()},
             "teacher": teacher,
             "attention": recipe.dataset.attention,
             "max_rows": recipe.evaluation.max_rows,
@@ -65,7 +64,7 @@ class EvaluateStage(Stage):
         from limbeck.evaluation.suites import suites_of
 
         folder.begin(replace=force)
-        results = evaluate_recipe(self.recipe, {name: str(path / "final") for name, path in self.students.items()})
+        results = evaluate_recipe(self.recipe, {name: str(stage.model_folder) for name, stage in self.models.items()})
         write_results(folder.path, results, suites_of(self.recipe.evaluation.suites))
         EvaluationManifest(fingerprint=folder.fingerprint).write(folder.path)
 

@@ -41,10 +41,19 @@ class TrainStage(Stage):
         label = "student_kd" if recipe.distils else "student_ce"
         found: list[Stage] = [cls(recipe, "train", recipe.student_dir, label=label, after=after)]
         if recipe.pipeline.ce_baseline and recipe.distils:
-            packed = [stage.name for stage in before if stage.command == "data pack"]
+            needed = [stage.name for stage in before if stage.command != "teacher cache"]
             folder = recipe.root / "student-ce"
-            found.append(cls(recipe.without_teacher(), "train_ce", folder, label="student_ce", after=packed))
+            found.append(cls(recipe.without_teacher(), "train_ce", folder, label="student_ce", after=needed))
         return found
+
+    @property
+    def model_folder(self) -> Path:
+        """The trained weights."""
+        return self.path / "final"
+
+    def weights(self) -> dict[str, str]:
+        """Their checksums."""
+        return StudentManifest.read(self.path).weights
 
     @property
     def keeps_recipe(self) -> bool:

@@ -100,15 +100,19 @@ def _refuse_unknown_keys(config: dict[str, Any]) -> None:
             raise ConfigError(f"student.config has no key {key!r} for model_type {config['model_type']}{hint}")
 
 
+#: Matrices that are experts or stand for them; what brings hidden states to latent experts and back is neither.
+_EXPERTS = r"experts\.(?!(encoder|decoder)\.)"
+
+
 def choose_ternary(model: Any, config: TernaryConfig) -> list[str]:
     """Names of the weights that become ternary.
 
     Raises:
         ConfigError: a pattern is no regular expression or matches no weight that could, or nothing is chosen.
     """
-    matrices = hidden_matrices(model)
+    matrices = {name for name, layout in hidden_matrices(model).items() if not layout.low_rank}
     names = [name for name, _ in model.named_parameters()]
-    patterns = {"linears": [".*"], "experts": [r"experts\."], "none": []}[config.preset]
+    patterns = {"linears": [".*"], "experts": [_EXPERTS], "none": []}[config.preset]
     chosen = {name for name in matrices if _matches_any(name, patterns)}
     for pattern in config.patterns:
         found = {name for name in names if _matches_any(name, [pattern])}

@@ -15,13 +15,14 @@ from limbeck.registry import STUDENTS
 from limbeck.students.build import finish_student, require_vocabulary
 
 
-def outline_of(section: StudentConfig, keys: dict[str, int], length: int) -> Any | None:
+def outline_of(section: StudentConfig, keys: dict[str, int], length: int, planned: Any = None) -> Any | None:
     """The student on the meta device, its ternary weights chosen; None where a plugin builds it in a way of its own.
 
     Args:
         section: the recipe's `student`.
         keys: the tokenizer's `vocab_size` and special ids, where it is known already.
         length: tokens in a row.
+        planned: the config of weights that an earlier stage will make.
 
     Raises:
         ConfigError: there is no such student: no architecture, a vocabulary smaller than the tokenizer's, a context
@@ -31,7 +32,7 @@ def outline_of(section: StudentConfig, keys: dict[str, int], length: int) -> Any
     build = STUDENTS.get(section.builder or "transformers")
     try:
         with torch.device("meta"):
-            student = _of_weights(section) if section.model else build(section, keys)
+            student = _of_weights(section, planned) if section.model else build(section, keys)
     except (NotImplementedError, RuntimeError):
         if section.builder is None:
             raise
@@ -46,11 +47,11 @@ def outline_of(section: StudentConfig, keys: dict[str, int], length: int) -> Any
     return student
 
 
-def _of_weights(section: StudentConfig) -> Any:
+def _of_weights(section: StudentConfig, planned: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     assert section.source is not None
-    config = model_config(section.source, "student")
+    config = model_config(section.source, "student") if planned is None else planned
     wanted = section.config.get("model_type", config.model_type)
     if wanted != config.model_type:
         raise ConfigError(

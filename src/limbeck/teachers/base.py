@@ -12,11 +12,13 @@ Example of the contract, for rows [B, T]:
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 from limbeck.data.dataset import PackedDataset, PackedRows
+from limbeck.errors import ConfigError
+from limbeck.losses.router import Routing
 from limbeck.targets.reference import Reference
 from limbeck.targets.sparse import SparseTargets
 
@@ -34,6 +36,7 @@ class Teacher(ABC):
         ahead: batches worth asking for before they are needed; 0: it is asked for each in turn.
         hint_when_slow: what its user can do when a run waits for it; None: nothing but caching.
         model: its causal LM where that is in this process, for scores of the teacher itself.
+        routings: what its routers decided for the last rows, one a layer, once `watch_routers` was called.
     """
 
     temperatures: tuple[float, ...]
@@ -44,6 +47,7 @@ class Teacher(ABC):
     ahead: int = 0
     hint_when_slow: str | None = None
     model: Any = None
+    routings: Sequence[Routing] | None = None
 
     @abstractmethod
     def targets(self, rows: PackedRows) -> SparseTargets:
@@ -63,6 +67,17 @@ class Teacher(ABC):
     def reference(self, rows: PackedRows) -> Reference | None:
         """The whole distributions of the rows, for scores that must not depend on the stored ids; None: not known."""
         return None
+
+    def watch_routers(self) -> None:
+        """Keep from now on what the routers decide.
+
+        Raises:
+            ConfigError: it cannot tell.
+        """
+        raise ConfigError(
+            f"loss.objectives names router_kd, which reads the teacher's routers, and a {type(self).__name__} does not "
+            "have them. Run the teacher in this process: teacher.model with teacher.use_cached_logits: false."
+        )
 
     def submit(self, rows: PackedRows) -> "Future[SparseTargets]":
         """Start on the rows; cancelling the future drops them. A teacher that computes here answers at once."""

@@ -6,8 +6,10 @@ positions at a time, so the teacher's [B, T, V] logits never exist either.
 Shapes: B rows, T positions, V vocabulary, K support.
 """
 
+import contextlib
 import copy
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,6 +20,8 @@ from limbeck.config import SamplingConfig
 from limbeck.config.base import default
 from limbeck.config.teacher import LocalTeacherConfig
 from limbeck.data.dataset import PackedRows
+from limbeck.errors import ConfigError
+from limbeck.losses.router import RouterTap, Routing
 from limbeck.models import (
     OutputHead,
     head_replaced,
@@ -84,6 +88,7 @@ class LocalTeacher(Teacher):
         self.vocab_size = self._head.vocab_size
         self._budget = max_batch_tokens
         self.identity = identity
+        self._tap: RouterTap | None = None
         self._give(TargetSpec(top_k, tuple(temperatures), attention, sampling, sampling_temperature))
 
     def with_spec(self, spec: TargetSpec) -> "LocalTeacher":
@@ -112,8 +117,29 @@ class LocalTeacher(Teacher):
         """Targets `[B, T, ...]` of the rows, in as many passes as the token budget asks for."""
         length = rows.input_ids.shape[1]
         step = max(1, self._budget // length)
-        parts = [self._pass(rows.slice(start, start + step)) for start in range(0, len(rows.input_ids), step)]
+        parts, decided = [], []
+        for start in range(0, len(rows.input_ids), step):
+            with contextlib.nullcontext() if self._tap is None else self._tap.recording():
+                parts.append(self._pass(rows.slice(start, start + step)))
+                decided.append([] if self._tap is None else self._tap.routings())
+        if self._tap is not None:
+            self.routings = [_joined(layer) for layer in zip(*decided, strict=True)]
         return concatenate(parts)
+
+    def watch_routers(self) -> None:
+        """Keep from now on what the routers decide, as `routings`.
+
+        Raises:
+            ConfigError: there are none, or they cannot be read.
+        """
+        tap = RouterTap(self.model)
+        with tap.recording():
+            verified_transform(self.model)  # a few tokens pass
+            tap.learn()
+        if not tap.routers or tap.problem is not None:
+            why = tap.problem or f"{type(self.model).__name__} has no routed experts"
+            raise ConfigError(f"loss.objectives names router_kd, and the teacher's routers cannot be read: {why}.")
+        self._tap = tap
 
     @torch.no_grad()
     def logits(self, rows: PackedRows) -> torch.Tensor:
@@ -185,6 +211,12 @@ class LocalReference:
         with torch.autocast(self.hidden.device.type, enabled=False):  # it is the student's
             found: torch.Tensor = self.head.log_probs(self.hidden[positions.to(self.hidden.device)])
         return found
+
+
+def _joined(parts: Sequence[Routing]) -> Routing:
+    """What one layer decided in several passes."""
+    logits, chosen = (torch.cat([getattr(part, name) for part in parts]) for name in ("logits", "chosen"))
+    return Routing(logits, chosen, parts[0].sigmoid)
 
 
 def _row_seed(seed: int, row: PackedRows) -> int:

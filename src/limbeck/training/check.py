@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from limbeck.compression.plan import CompressionPlan, planned_config
 from limbeck.config import LossConfig, ModelSource, Recipe
 from limbeck.data.dataset import PackedDataset
 from limbeck.data.tokenizer import LoadedTokenizer, load_tokenizer, recipe_tokenizer
@@ -83,7 +84,12 @@ def planned_student(recipe: Recipe) -> tuple[Any | None, LoadedTokenizer | None]
     """The student without weights (`outline_of`), and its tokenizer where that is there already."""
     tokenizer = None if recipe.tokenizer.train_vocab_size is not None else recipe_tokenizer(recipe)
     keys = {} if tokenizer is None else tokenizer.model_keys
-    return outline_of(recipe.student, keys, recipe.dataset.max_length), tokenizer
+    if recipe.compress is None:
+        return outline_of(recipe.student, keys, recipe.dataset.max_length), tokenizer
+    planned = planned_config(CompressionPlan.of(recipe.compress, recipe.compress_source))
+    if planned is None:  # what its layers become is found out by compressing them
+        return None, tokenizer
+    return outline_of(recipe.student, keys, recipe.dataset.max_length, planned), tokenizer
 
 
 def _require_vocabulary(source: ModelSource, tokenizer: LoadedTokenizer) -> None:
@@ -106,7 +112,7 @@ def describe_student(recipe: Recipe) -> str:
     """Its class, its size, and the memory that training takes beside activations."""
     student, _ = planned_student(recipe)
     if student is None:
-        return f"student of {recipe.student.builder}"
+        return f"student of {recipe.student.builder or 'compress.method auto'}"
     count = _parameters_in(student)
     # float32 weights, gradients, and one or two moments of the optimizer
     return f"{type(student).__name__}, {count:,} parameters, about {16 * count / 1e9:.2g} GB beside activations"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 
@@ -59,12 +60,12 @@ class StepMetrics:
         self._clock += seconds
 
     def means(self, reduce: Reduce) -> tuple[float, dict[str, float]]:
-        """Positions over all ranks, and the mean of each metric over them; of a vector NAME/000, NAME/001 …"""
+        """Positions over all ranks, and each metric's mean over them; NAME/000/001 … of one with dimensions."""
         flat = torch.cat([value.reshape(-1) for value in self._sums.values()]) if self._sums else torch.zeros(0)
         values = iter(reduce(flat).tolist())  # one message for all
         sums: dict[str, float] = {}
         for name, value in self._sums.items():
-            names = [name] if value.ndim == 0 else [f"{name}/{number:03d}" for number in range(len(value))]
+            names = ["/".join([name, *(f"{number:03d}" for number in place)]) for place in np.ndindex(value.shape)]
             sums.update({key: next(values) for key in names})
         tokens = sums.pop(TOKENS, 0.0)
         means = {name: total / max(tokens, 1.0) for name, total in sums.items()}

@@ -21,9 +21,11 @@ def optimizer_choice(recipe: Recipe) -> OptimizerChoice | None:
     if recipe.optimizer.name != "auto":
         return None
     section = recipe.student
-    return choose(
-        recipe.optimizer, recipe.training.learning_rate, new=section.model is None, width=_hidden_size(section)
-    )
+    if recipe.compress is not None:  # as wide as what is compressed, which is there already
+        width: int | None = model_config(recipe.compress_source, "compress.model").get_text_config().hidden_size
+    else:
+        width = _hidden_size(section)
+    return choose(recipe.optimizer, recipe.training.learning_rate, new=section.model is None, width=width)
 
 
 def _hidden_size(section: StudentConfig) -> int | None:

@@ -181,7 +181,8 @@ class DistillationTrainer(CheckpointingTrainer):
         reference: Reference | None = None,
     ) -> Any:
         step = self.ramped_step(self.state.global_step) if model.training else AFTER_ALL_RAMPS
-        batch = Batch(labels, targets, num_items, step, reference)
+        teacher = self.teacher if model.training else self.eval_teacher
+        batch = Batch(labels, targets, num_items, step, reference, None if teacher is None else teacher.routings)
         request = LossRequest(batch, self.objectives if model.training else self._scores)
         return model(**rows.model_inputs(self.args.attention), loss_request=request)
 

@@ -19,6 +19,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from limbeck.students.mixing import OwnModule
+
 Tensor = torch.Tensor
 MOST_STREAMS = 4  # of 5 there are 120 permutations
 _ALPHA = 0.01
@@ -40,7 +42,7 @@ def first_post_logits(streams: int, number: int) -> list[float]:
     return values[turn:] + values[:turn]
 
 
-class HyperConnection(nn.Module):
+class HyperConnection(OwnModule):
     """The mixing around one sublayer.
 
     Args:

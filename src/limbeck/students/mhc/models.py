@@ -15,14 +15,13 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import AutoModelForCausalLM
-from transformers import initialization as init
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from limbeck.errors import ConfigError
-from limbeck.registration import MHC_BASES, MHC_PREFIX
+from limbeck.registration import AUTO, MHC_BASES, MHC_PREFIX
 from limbeck.students.mhc.connection import FORMS, MOST_STREAMS, HyperConnection
+from limbeck.students.mixing import OwnInit, mixed_class, retype_body
 
 Tensor = torch.Tensor
 
@@ -53,19 +52,7 @@ class StreamedLayer(nn.Module):
         return result
 
 
-class _StreamInit:
-    """Mixed into the classes of a model and of its body, which transformers asks to initialise what they hold."""
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, HyperConnection):
-            for name, value in module.initial().items():
-                init.copy_(getattr(module, name), value)
-        else:
-            super()._init_weights(module)  # type: ignore[misc]
-
-
-class Streamed(_StreamInit):
+class Streamed(OwnInit):
     """Mixed into a causal LM's class: streams are connected once the model is made."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -85,7 +72,7 @@ def streamed_config(base: str) -> Any:
             "model_type": MHC_PREFIX + base,
             "mhc_streams": 2,
             "mhc_form": "dynamic",
-            "__module__": __name__,
+            "__module__": AUTO,
             "__annotations__": {"mhc_streams": int, "mhc_form": str},
             "__doc__": f"{parent.__name__} with N = `mhc_streams` residual streams, mixed in `mhc_form`.",
             "validate_streams": _validate_streams,
@@ -106,25 +93,17 @@ def streamed_model(base: str) -> Any:
     """The causal LM class of `mhc_BASE`, known to `AutoModelForCausalLM`."""
     config = streamed_config(base)
     parent: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[base]]
-    made = type(f"MHC{parent.__name__}", (Streamed, parent), {"config_class": config, "__module__": __name__})
+    made = type(f"MHC{parent.__name__}", (Streamed, parent), {"config_class": config, "__module__": AUTO})
     AutoModelForCausalLM.register(config, made, exist_ok=True)
     return made
 
 
-@cache
-def _mixed(mixin: type, parent: type) -> Any:
-    """A class that is both, under the parent's name, by which accelerate and FSDP know it."""
-    return type(parent.__name__, (mixin, parent), {"__module__": __name__})
-
-
 def connect_streams(model: Any) -> None:
     """Turn the decoder layers of a model, whose config names the streams, into layers with streams."""
-    config, layers, body = model.config, model.model.layers, model.model
-    body.__class__ = _mixed(_StreamInit, body.__class__)
-    # transformers has noted under the class of before what it may record; hidden states are then `[B, T, N·D]` inside.
-    _CAN_RECORD_REGISTRY[body] = body._can_record_outputs
+    config, layers = model.config, model.model.layers
+    retype_body(model)  # the hidden states that it may record are `[B, T, N·D]` inside
     for number, layer in enumerate(layers):
-        layer.__class__ = _mixed(StreamedLayer, layer.__class__)
+        layer.__class__ = mixed_class(StreamedLayer, layer.__class__)
         layer.connect(config, number, len(layers))
         weight = next(layer.self_attn.parameters())
         for connection in (layer.mhc_attention, layer.mhc_mlp):
@@ -166,12 +145,3 @@ def add_streams(model: Any, streams: int, form: str) -> None:
     model.__class__ = streamed_model(base)
     model.config.architectures = [type(model).__name__]
     connect_streams(model)
-
-
-def __getattr__(name: str) -> Any:
-    """Classes by name, for pickle."""
-    for base in MHC_BASES if name.startswith("MHC") else ():
-        for made in (streamed_config(base), streamed_model(base)):
-            if made.__name__ == name:
-                return made
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,246 @@
+"""One layer of a checkpoint on its way through compression: measured on calibration text, then made smaller.
+
+The one idea: a layer of routed experts and a dense one have the same three moments (listen, pass the text through, give
+the smaller tensors and how far they are off), so whoever streams layers need not know which is which.
+
+Shapes: N tokens, H hidden width, E experts.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from limbeck.compression.factors import FACTORISATIONS, rank_for
+from limbeck.compression.pruning import kept_experts, prune_channels, without_experts
+from limbeck.compression.statistics import ExpertStatistics
+from limbeck.config.compress import CompressConfig
+from limbeck.errors import ConfigError
+from limbeck.students.compressed.experts import compressed_experts, set_experts
+from limbeck.students.compressed.models import routed_block
+
+Tensor = torch.Tensor
+_SAMPLE = 2048  # tokens on which a smaller layer is compared with the layer
+
+
+@dataclass(frozen=True)
+class SmallerLayer:
+    """What takes the place of a layer's feed-forward part.
+
+    Attributes:
+        description: of `expert_layers`, or of what became of a dense layer.
+        tensors: by their names inside the layer; others stay as they were.
+        error: ‖y − ŷ‖ / ‖y‖ of what the part gives for a sample of its inputs.
+        before: weights of the exchanged part.
+    """
+
+    description: dict[str, Any]
+    tensors: dict[str, Tensor]
+    error: float
+    before: int
+
+    @property
+    def after(self) -> int:
+        """Weights of what takes its place."""
+        return sum(tensor.numel() for tensor in self.tensors.values())
+
+
+class _Sample:
+    """The first tokens that a part of the layer gets; normal noise where there is no text."""
+
+    def __init__(self) -> None:
+        self._parts: list[Tensor] = []
+        self._held = 0
+
+    def add(self, x: Tensor) -> None:
+        """Take what is still wanted of x `[n, H]`."""
+        if self._held < _SAMPLE:
+            part = x[: _SAMPLE - self._held].clone()
+            self._parts.append(part)
+            self._held += len(part)
+
+    def tokens(self, like: Tensor, width: int) -> Tensor:
+        """`[N, H]`."""
+        if self._parts:
+            return torch.cat(self._parts)
+        noise = torch.randn(512, width, generator=torch.Generator().manual_seed(0))
+        return noise.to(like)
+
+
+class RoutedLayer:
+    """A layer's routed experts.
+
+    Args:
+        layer: the decoder layer.
+        config: the model's.
+        section: what is to be done.
+        measured: there will be calibration text.
+    """
+
+    def __init__(self, layer: Any, config: Any, section: CompressConfig, *, measured: bool) -> None:
+        block: Any = routed_block(layer)
+        self.block, self.config, self.section = block, config, section
+        held = block.experts
+        self._sizes = (held.num_experts, held.hidden_dim, held.intermediate_dim)
+        self._sample = _Sample()
+        if measured:
+            self.statistics = ExpertStatistics.empty(*self._sizes, device=held.down_proj.device)
+        else:
+            self.statistics = ExpertStatistics.without_data(self._sizes[0], held.down_proj.device)
+
+    def listen(self, counted: Tensor) -> None:
+        """Measure what passes from now on; `counted` `[B, T]` is True for tokens that are no filler."""
+        experts, flat = self.block.experts, counted.reshape(-1)
+
+        def observed(hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+            self._sample.add(hidden[flat])
+            return self.statistics.observe(experts, hidden, chosen, weights, flat)
+
+        experts.forward = observed
+
+    @torch.no_grad()
+    def smaller(self) -> SmallerLayer:
+        """The layer's experts in fewer weights."""
+        experts = self.block.experts
+        experts.__dict__.pop("forward", None)
+        if self.statistics.inputs is not None:
+            self.statistics.finish()
+        x = self._sample.tokens(experts.down_proj, self._sizes[1])
+        wanted = _routed(self.block.gate, experts, x)
+        before = sum(parameter.numel() for parameter in experts.parameters())
+        if self.section.method == "prune":
+            before += self.block.gate.weight.numel()
+        found: SmallerLayer | None = None
+        for description in self._candidates():
+            tensors = self._tensors(description)
+            error = self._error(description, tensors, x, wanted)
+            if found is None or error < found.error:
+                found = SmallerLayer(description, tensors, error, before)
+        assert found is not None
+        return found
+
+    def _candidates(self) -> list[dict[str, Any]]:
+        section, (experts, hidden, inside) = self.section, self._sizes
+        found: list[dict[str, Any]] = []
+        if section.method == "prune" or (section.method == "auto" and self.statistics.scores is not None):
+            found.append({"method": "prune", "experts": pruned_count(self.config, section.share, experts)})
+        if section.method == "prune":
+            return found
+        methods = list(FACTORISATIONS) if section.method == "auto" else [str(section.method)]
+        for method in methods:
+            rank = section.rank
+            if rank is None:
+                rank = rank_for(method, section.share, experts, hidden, inside)
+            if rank or section.method != "auto":
+                found.append({"method": method, "rank": rank})
+        return found
+
+    def _tensors(self, description: Mapping[str, Any]) -> dict[str, Tensor]:
+        """By names inside the layer."""
+        experts, method = self.block.experts, description["method"]
+        if method != "prune":
+            made = FACTORISATIONS[method](experts, self.statistics, description["rank"])
+            return {f"mlp.experts.{name}": value for name, value in made.items()}
+        kept = kept_experts(self.statistics, description["experts"])
+        made = {f"mlp.experts.{name}": value for name, value in without_experts(experts, kept).items()}
+        return {**made, "mlp.gate.weight": self.block.gate.weight[kept].float()}
+
+    def _error(self, description: Mapping[str, Any], tensors: Mapping[str, Tensor], x: Tensor, wanted: Tensor) -> float:
+        experts, gate = self.block.experts, self.block.gate
+        with torch.device("meta"):
+            made: Any = compressed_experts(experts, self.config, description)
+            if description["method"] == "prune":
+                narrow = copy.copy(self.config)
+                set_experts(narrow, description["experts"])
+                gate = type(gate)(narrow)
+        own = {name.removeprefix("mlp.experts."): value.to(x) for name, value in tensors.items() if "experts." in name}
+        made.load_state_dict(own, assign=True)
+        if description["method"] == "prune":
+            gate.load_state_dict({"weight": tensors["mlp.gate.weight"].to(x)}, assign=True)
+        return _relative(_routed(gate, made, x), wanted)
+
+
+def pruned_count(config: Any, share: float, experts: int) -> int:
+    """How many experts stay: the share of them, but never fewer than one.
+
+    Raises:
+        ConfigError: that is fewer than a token takes.
+    """
+    count = max(1, round(share * experts))
+    if count < config.num_experts_per_tok:
+        raise ConfigError(
+            f"compress.keep {share:g} leaves {count} of {experts} experts and a token takes "
+            f"{config.num_experts_per_tok}. Keep at least {config.num_experts_per_tok / experts:g}."
+        )
+    return count
+
+
+def _routed(gate: Any, experts: Any, x: Tensor) -> Tensor:
+    """What the experts give, a part at a time so that their pairs stay few."""
+    parts = []
+    for part in torch.split(x, 512):
+        _, weights, chosen = gate(part)
+        parts.append(experts(part, chosen, weights))
+    return torch.cat(parts)
+
+
+def _relative(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).float().norm() / wanted.float().norm().clamp_min(1e-30))
+
+
+class DenseLayer:
+    """A layer's gated feed-forward part, or nothing of it where no width is asked for.
+
+    Args:
+        layer: the decoder layer.
+        section: what is to be done.
+    """
+
+    def __init__(self, layer: Any, section: CompressConfig) -> None:
+        self.mlp, self.section = layer.mlp, section
+        self._moment: Tensor | None = None
+        self._sample = _Sample()
+        self._hooks: list[Any] = []
+
+    def listen(self, counted: Tensor) -> None:
+        """Measure what passes from now on; `counted` `[B, T]` is True for tokens that are no filler."""
+        for hook in self._hooks:
+            hook.remove()
+        if self.section.keep_ffn is None:
+            return
+
+        def inside(module: Any, given: Any) -> None:
+            kept = given[0][counted].float()
+            moment = (kept.mT @ kept).double()
+            self._moment = moment if self._moment is None else self._moment + moment
+
+        def whole(module: Any, given: Any) -> None:
+            self._sample.add(given[0][counted])
+
+        self._hooks = [
+            self.mlp.down_proj.register_forward_pre_hook(inside),
+            self.mlp.register_forward_pre_hook(whole),
+        ]
+
+    @torch.no_grad()
+    def smaller(self) -> SmallerLayer:
+        """The layer with fewer channels."""
+        for hook in self._hooks:
+            hook.remove()
+        keep, mlp = self.section.keep_ffn, self.mlp
+        if keep is None:
+            return SmallerLayer({"method": "none"}, {}, 0.0, 0)
+        like = mlp.down_proj.weight
+        x = self._sample.tokens(like, like.shape[0])
+        tensors = prune_channels(mlp, self._moment, keep)
+        held = {name: value.to(like) for name, value in tensors.items()}
+        gate, up = (
+            torch.nn.functional.linear(x, held[f"{name}.weight"], held.get(f"{name}.bias"))
+            for name in ("gate_proj", "up_proj")
+        )
+        found = torch.nn.functional.linear(mlp.act_fn(gate) * up, held["down_proj.weight"], mlp.down_proj.bias)
+        before = sum(parameter.numel() for name, parameter in mlp.named_parameters() if name in tensors)
+        renamed = {f"mlp.{name}": value for name, value in tensors.items()}
+        return SmallerLayer({"method": "channels", "channels": keep}, renamed, _relative(found, mlp(x)), before)

@@ -1,0 +1,179 @@
+"""A checkpoint read one layer at a time: what a model's config describes, and no more of it in memory than a layer.
+
+The one idea: a model of a single layer of the same architecture is transformers' own code, with its masks and
+rotations; each layer of the checkpoint gives it its tensors in turn, straight from the mapped file.
+
+Shapes: B rows, T positions, H hidden width.
+"""
+
+import copy
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from limbeck.errors import LimbeckError
+
+Tensor = torch.Tensor
+_LAYER = re.compile(r"^(?:model\.)?layers\.(\d+)\.(.+)$")
+#: One expert's matrix on disk, under any of its names.
+_EXPERT = re.compile(r"^mlp\.experts\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w3|w2)\.weight$")
+_PROJECTION = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+
+
+class CheckpointReader:
+    """The tensors of a folder of safetensors, by layer.
+
+    Args:
+        folder: with config.json and weights, in one file or with an index.
+
+    Raises:
+        LimbeckError: there are no safetensors.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            where: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        else:
+            where = {name: path.name for path in sorted(folder.glob("*.safetensors")) for name in _names(path)}
+        if not where:
+            raise LimbeckError(f"{folder} holds no .safetensors weights. Convert the checkpoint to safetensors first.")
+        self._where = where
+        self._layers: dict[int, dict[str, str]] = {}
+        for name in where:
+            found = _LAYER.match(name)
+            if found is not None:
+                rest = found[2].replace("block_sparse_moe.", "mlp.")  # Mixtral's name on disk
+                self._layers.setdefault(int(found[1]), {})[rest] = name
+
+    def outside(self) -> list[str]:
+        """Names of the tensors that belong to no layer."""
+        return [name for name in self._where if _LAYER.match(name) is None]
+
+    def names(self, number: int) -> dict[str, str]:
+        """A layer's tensors: name inside the layer -> name on disk."""
+        return self._layers.get(number, {})
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, mapped from its file."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.folder / self._where[name], framework="pt") as file:
+                found: Tensor = file.get_tensor(name)
+                return found
+        except (OSError, SafetensorError) as error:
+            raise LimbeckError(f"tensor {name} of {self.folder} cannot be read: {error}") from None
+
+    @torch.no_grad()
+    def fill(self, module: nn.Module, number: int) -> None:
+        """Give a layer of the architecture, on the meta device, the weights of layer `number`.
+
+        Raises:
+            LimbeckError: the checkpoint lacks a tensor of the layer, or has one that the layer has not.
+        """
+        held = dict(self.names(number))
+        for name, parameter in list(module.named_parameters()):
+            owner, _, leaf = name.rpartition(".")
+            if name in held:
+                value = self.tensor(held.pop(name)).clone()
+            elif leaf in ("gate_up_proj", "down_proj") and parameter.ndim == 3:
+                value = self._stacked(held, leaf, parameter, number)
+            else:
+                raise LimbeckError(f"{self.folder} has no tensor {name} of layer {number}. Get the whole checkpoint.")
+            if value.shape != parameter.shape:
+                raise LimbeckError(
+                    f"tensor {name} of layer {number} of {self.folder} has shape {tuple(value.shape)} and its config "
+                    f"means {tuple(parameter.shape)}."
+                )
+            setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+        for name, _ in module.named_buffers():
+            held.pop(name, None)
+        if held:
+            raise LimbeckError(
+                f"{self.folder} has tensors in layer {number} that {type(module).__name__} does not know: "
+                f"{', '.join(sorted(held)[:3])}."
+            )
+
+    def _stacked(self, held: dict[str, str], leaf: str, like: nn.Parameter, number: int) -> Tensor:
+        """One fused tensor of the experts, filled expert by expert."""
+        made, half = None, like.shape[1] // 2
+        wanted = ("down_proj",) if leaf == "down_proj" else ("gate_proj", "up_proj")
+        count = 0
+        for name in list(held):
+            found = _EXPERT.match(name)
+            kind = None if found is None else _PROJECTION.get(found[2], found[2])
+            if found is None or kind not in wanted:
+                continue
+            value = self.tensor(held.pop(name))
+            made = torch.empty(like.shape, dtype=value.dtype) if made is None else made
+            place = made[int(found[1])]
+            if leaf == "gate_up_proj":
+                place = place[:half] if kind == "gate_proj" else place[half:]
+            place.copy_(value)
+            count += 1
+        if made is None or count != like.shape[0] * len(wanted):
+            raise LimbeckError(
+                f"layer {number} of {self.folder} has {count} matrices for {leaf} and its config means "
+                f"{like.shape[0] * len(wanted)}."
+            )
+        return made
+
+
+def _names(path: Path) -> Iterator[str]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        yield from file.keys()
+
+
+def layer_config(config: Any, number: int, *, routed: bool) -> Any:
+    """The config of a model that has layer `number` alone, and a vocabulary of a few ids."""
+    small = copy.deepcopy(config)
+    small.num_hidden_layers, small.vocab_size, small.pad_token_id = 1, 8, None
+    if getattr(small, "layer_types", None):
+        small.layer_types = [config.layer_types[number]]
+    if hasattr(small, "mlp_only_layers"):
+        small.mlp_only_layers, small.decoder_sparse_step = ([] if routed else [0]), 1
+    if hasattr(small, "max_window_layers"):  # which layers slide is told by layer_types
+        small.max_window_layers = config.max_window_layers
+    return small
+
+
+class LayerModel:
+    """A model of one layer, filled with each layer of a checkpoint in turn.
+
+    Args:
+        reader: the checkpoint.
+        config: its transformers config.
+        number: the layer.
+        dtype: to compute in.
+    """
+
+    def __init__(self, reader: CheckpointReader, config: Any, number: int, dtype: torch.dtype) -> None:
+        from accelerate import init_empty_weights
+        from transformers import AutoModelForCausalLM
+
+        routed = any(name.startswith("mlp.experts.") for name in reader.names(number))
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(layer_config(config, number, routed=routed), dtype=dtype)
+        self.body: Any = model.model.eval()
+        self.body.norm = self.body.embed_tokens = nn.Identity()
+        self.layer: Any = self.body.layers[0]
+        reader.fill(self.layer, number)
+        self.stored = next(self.layer.parameters()).dtype
+        self.layer.to(dtype)
+        self.is_routed = routed
+
+    @torch.no_grad()
+    def __call__(self, hidden: Tensor, **inputs: Any) -> Tensor:
+        """`[B, T, H]` through the layer; `inputs` as a model's forward has them, without `input_ids`."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            result: Tensor = self.body(inputs_embeds=hidden, **inputs).last_hidden_state
+        return result

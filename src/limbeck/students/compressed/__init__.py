@@ -1,0 +1,1 @@
+"""Decoders whose routed experts take fewer weights: shared cores, latent spaces, fewer experts."""
