@@ -2,11 +2,11 @@
 
     python benchmarks/compress.py [--quick] [--json]
 
-Losses are held-out cross-entropies of `tiny-moe`, the mixture in the package, on modules of the standard library that it
-has not seen, measured on 64 (quick) or 256 of its training rows and kept to half of the experts' weights; `mean` is the
-routing-weighted mean of the experts, a shared core of rank 0. Time and memory are of synthetic checkpoints with random
-weights by the weights alone: 2 layers and 20 layers in turn, and the peak of a process that compresses the larger one
-over a layer with two H × H matrices in float64.
+Losses are held-out cross-entropies of `tiny-moe`, the mixture in the package, on modules of the standard library that
+it has not seen, measured on 64 (quick) or 256 of its training rows and kept to half of the experts' weights; `mean` is
+the routing-weighted mean of the experts, a shared core of rank 0. Time and memory are of synthetic checkpoints with
+random weights, compressed by the weights alone: 2 layers and 20 layers in turn; and of 4 layers of 100 MB the peak of
+a process over one layer with two H × H matrices in float64.
 """
 
 import subprocess
@@ -15,8 +15,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import arguments, interleaved, ratio, report
 
+from common import arguments, interleaved, ratio, report
 from limbeck.compression.plan import CompressionPlan
 from limbeck.compression.run import Compression
 from limbeck.config import ModelSource
@@ -34,10 +34,11 @@ CASES = {
     "core_delta": {"method": "core_delta", "keep": 0.5},
     "prune": {"method": "prune", "keep": 0.5},
 }
-#: A synthetic model's layer: 32 experts of 256 in 512.
-LAYER = {"model_type": "qwen3_moe", "hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64,
-         "num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 256, "decoder_sparse_step": 1,
-         "vocab_size": 1024, "tie_word_embeddings": True}  # fmt: skip
+#: A synthetic model's layer: 32 experts of 256 in 512; and a larger one.
+LAYER = {"model_type": "qwen3_moe", "hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2,
+         "head_dim": 64, "num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 256,
+         "decoder_sparse_step": 1, "vocab_size": 1024, "tie_word_embeddings": True}  # fmt: skip
+LARGE = {**LAYER, "hidden_size": 1024, "moe_intermediate_size": 512}
 
 
 def packed_rows(folder: Path) -> Path:
@@ -83,13 +84,13 @@ def losses(folder: Path, quick: bool) -> dict[str, float]:
     return found
 
 
-def synthetic(folder: Path, layers: int) -> Path:
+def synthetic(folder: Path, layers: int, sizes: dict = LAYER) -> Path:
     """A checkpoint with random weights in bfloat16, written layer by layer."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from limbeck.storage import write_json
 
-    config = AutoConfig.for_model(**{**LAYER, "num_hidden_layers": 1, "dtype": "bfloat16"})
+    config = AutoConfig.for_model(**{**sizes, "num_hidden_layers": 1, "dtype": "bfloat16"})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     folder.mkdir(parents=True)
@@ -146,7 +147,7 @@ def peak_over_layer(source: Path, out: Path) -> float:
     command = [sys.executable, "-c", _MEASURED, str(Path(__file__).parent), str(source), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     peak = int(done.stdout.split()[-1])
-    experts, hidden, inside = LAYER["num_experts"], LAYER["hidden_size"], LAYER["moe_intermediate_size"]
+    experts, hidden, inside = LARGE["num_experts"], LARGE["hidden_size"], LARGE["moe_intermediate_size"]
     layer = 2 * 3 * experts * hidden * inside
     return peak / (layer + 2 * 8 * hidden**2)
 
@@ -167,7 +168,7 @@ def main() -> int:
             },
             3 if given.quick else 5,
         )
-        memory = peak_over_layer(ten, folder / "measured")
+        memory = peak_over_layer(synthetic(folder / "large", 4, LARGE), folder / "measured")
     result = {
         "loss_increase": added,
         "latent_over_prune_loss_increase": added["latent"] / added["prune"],

@@ -179,8 +179,8 @@ class KeyCommand(click.Command):
 
     @cached_property
     def keys(self) -> list[KeyOption]:
-        """The recipe's keys; made when the command runs or its help is wanted."""
-        return key_options(self.sub.aliases)
+        """The recipe's keys, but for one that is a switch; made when the command runs or its help is wanted."""
+        return [option for option in key_options(self.sub.aliases) if option.key not in SWITCHES]
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Switches and keys."""

@@ -41,7 +41,7 @@ def _largest(gram: Tensor, rank: int) -> Tensor:
 
 
 def latent(experts: Any, statistics: ExpertStatistics, rank: int) -> dict[str, Tensor]:
-    """Weights of `LatentExperts` by name, in float32."""
+    """Weights of `LatentExperts` by name, in the precision of the experts."""
     count, half, _ = experts.gate_up_proj.shape
     root, inverse = whitening(statistics.inputs, experts.gate_up_proj)
     gram = torch.zeros_like(root)
@@ -57,7 +57,10 @@ def latent(experts: Any, statistics: ExpertStatistics, rank: int) -> dict[str, T
             written += mass * (wide @ wide.mT).double()
     decoder = _largest(written, rank).float()
     inwards = (root @ directions).float()
-    gate_up, down = inwards.new_empty(count, half, rank), inwards.new_empty(count, rank, half // 2)
+    gate_up, down = (
+        experts.gate_up_proj.new_empty(count, half, rank),
+        experts.down_proj.new_empty(count, rank, half // 2),
+    )
     for number in range(count):
         gate_up[number] = experts.gate_up_proj[number].float() @ inwards
         down[number] = decoder.mT @ experts.down_proj[number].float()
@@ -65,8 +68,8 @@ def latent(experts: Any, statistics: ExpertStatistics, rank: int) -> dict[str, T
     return {
         "gate_up_proj": gate_up,
         "down_proj": down,
-        "encoder.weight": encoder.contiguous(),
-        "decoder.weight": decoder.contiguous(),
+        "encoder.weight": encoder.to(down.dtype).contiguous(),
+        "decoder.weight": decoder.to(down.dtype).contiguous(),
     }
 
 
@@ -84,18 +87,19 @@ def _whitening_of(name: str, experts: Any, statistics: ExpertStatistics) -> tupl
 
 
 def core_delta(experts: Any, statistics: ExpertStatistics, rank: int) -> dict[str, Tensor]:
-    """Weights of `CoreDeltaExperts` by name, in float32."""
+    """Weights of `CoreDeltaExperts` by name, in the precision of the experts."""
     found: dict[str, Tensor] = {}
+    dtype = experts.down_proj.dtype
     for name in PROJECTIONS:
         core = _mean(experts, statistics, name)
-        found[f"shared_core.{name}.weight"] = core.float()
+        found[f"shared_core.{name}.weight"] = core.to(dtype)
         if not rank:
             continue
         root, inverse = _whitening_of(name, experts, statistics)
         factors = []
         for number in range(len(experts.down_proj)):
             u, v = _truncated((_projection(experts, name, number) - core) @ root, rank)
-            factors.append((u.float(), (v @ inverse).float()))
+            factors.append((u.to(dtype), (v @ inverse).to(dtype)))
         found[f"wrapper.{name}_u"] = torch.stack([u for u, _ in factors])
         found[f"wrapper.{name}_v"] = torch.stack([v for _, v in factors])
     return found
@@ -116,20 +120,21 @@ def _truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def shared_core(experts: Any, statistics: ExpertStatistics, rank: int) -> dict[str, Tensor]:
-    """Weights of `SharedCoreExperts` by name, in float32."""
+    """Weights of `SharedCoreExperts` by name, in the precision of the experts."""
     found: dict[str, Tensor] = {}
+    dtype = experts.down_proj.dtype
     for name in PROJECTIONS:
         core = _mean(experts, statistics, name)
-        found[f"shared_core.{name}.weight"] = core.float()
+        found[f"shared_core.{name}.weight"] = core.to(dtype)
         if not rank:
             continue
         root, inverse = _whitening_of(name, experts, statistics)
-        wrappers = [
-            _wrappers(_projection(experts, name, number), core, root, inverse, rank)
-            for number in range(len(experts.down_proj))
-        ]
+        wrappers = []
+        for number in range(len(experts.down_proj)):
+            factors = _wrappers(_projection(experts, name, number), core, root, inverse, rank)
+            wrappers.append([factor.to(dtype) for factor in factors])
         for place, part in enumerate(("out_u", "out_v", "in_u", "in_v")):
-            found[f"wrapper.{name}_{part}"] = torch.stack([factors[place].float() for factors in wrappers])
+            found[f"wrapper.{name}_{part}"] = torch.stack([factors[place] for factors in wrappers])
     return found
 
 

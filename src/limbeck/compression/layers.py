@@ -145,7 +145,7 @@ class RoutedLayer:
             return {f"mlp.experts.{name}": value for name, value in made.items()}
         kept = kept_experts(self.statistics, description["experts"])
         made = {f"mlp.experts.{name}": value for name, value in without_experts(experts, kept).items()}
-        return {**made, "mlp.gate.weight": self.block.gate.weight[kept].float()}
+        return {**made, "mlp.gate.weight": self.block.gate.weight[kept]}
 
     def _error(self, description: Mapping[str, Any], tensors: Mapping[str, Tensor], x: Tensor, wanted: Tensor) -> float:
         experts, gate = self.block.experts, self.block.gate

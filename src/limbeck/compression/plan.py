@@ -56,13 +56,7 @@ class CompressionPlan:
 
     def fetched(self, revision: str | None = None) -> "CompressionPlan":
         """The same plan with the weights of a hub id in a folder here."""
-        if self.source.is_dir():
-            return self
-        from huggingface_hub import snapshot_download
-
-        patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
-        folder = Path(snapshot_download(self.name, revision=revision, allow_patterns=patterns))
-        return CompressionPlan(self.name, folder, self.config, self.section)
+        return CompressionPlan(self.name, fetched_folder(self.source, self.name, revision), self.config, self.section)
 
     def check(self) -> None:
         """Refuse what the architecture has not. Raises as `of`."""
@@ -145,6 +139,16 @@ class CompressionPlan:
     def unchanged(self, inside: str, name: str) -> str:
         """A tensor that stays: its runtime name in an architecture of ours, else the one it had on disk."""
         return inside if self.is_own else name.split("layers.", 1)[1].split(".", 1)[1]
+
+
+def fetched_folder(folder: Path, name: str, revision: str | None) -> Path:
+    """The folder itself, or that of a hub id's files once they are here."""
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+    return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
 
 
 def _mixtral(name: str, value: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:

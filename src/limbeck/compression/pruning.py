@@ -32,7 +32,7 @@ def kept_experts(statistics: ExpertStatistics, count: int) -> Tensor:
 
 def without_experts(experts: Any, kept: Tensor) -> dict[str, Tensor]:
     """The fused weights of the experts that stay."""
-    return {name: getattr(experts, name)[kept].float() for name in ("gate_up_proj", "down_proj")}
+    return {name: getattr(experts, name)[kept] for name in ("gate_up_proj", "down_proj")}
 
 
 def prune_channels(mlp: Any, moment: Tensor | None, keep: int) -> dict[str, Tensor]:

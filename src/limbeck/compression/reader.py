@@ -9,7 +9,7 @@ Shapes: B rows, T positions, H hidden width.
 import copy
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +72,14 @@ class CheckpointReader:
             raise LimbeckError(f"tensor {name} of {self.folder} cannot be read: {error}") from None
 
     @torch.no_grad()
-    def fill(self, module: nn.Module, number: int) -> None:
-        """Give a layer of the architecture, on the meta device, the weights of layer `number`.
+    def fill(self, module: nn.Module, number: int, place: Callable[[str, nn.Parameter], Tensor] | None = None) -> None:
+        """Give a layer of the architecture the weights of layer `number`.
+
+        Args:
+            module: the layer; its parameters are replaced.
+            number: which.
+            place: makes the tensor that a parameter of that name is copied into; default new ones in the precision of
+                the file.
 
         Raises:
             LimbeckError: the checkpoint lacks a tensor of the layer, or has one that the layer has not.
@@ -81,18 +87,22 @@ class CheckpointReader:
         held = dict(self.names(number))
         for name, parameter in list(module.named_parameters()):
             owner, _, leaf = name.rpartition(".")
+            target = None if place is None else place(name, parameter)
             if name in held:
-                value = self.tensor(held.pop(name)).clone()
+                found = self.tensor(held.pop(name))
+                if found.shape != parameter.shape:
+                    raise LimbeckError(
+                        f"tensor {name} of layer {number} of {self.folder} has shape {tuple(found.shape)} and its "
+                        f"config means {tuple(parameter.shape)}."
+                    )
+                value = found.clone() if target is None else target.copy_(found)
             elif leaf in ("gate_up_proj", "down_proj") and parameter.ndim == 3:
-                value = self._stacked(held, leaf, parameter, number)
+                value = self._stacked(held, leaf, parameter, number, target)
             else:
                 raise LimbeckError(f"{self.folder} has no tensor {name} of layer {number}. Get the whole checkpoint.")
-            if value.shape != parameter.shape:
-                raise LimbeckError(
-                    f"tensor {name} of layer {number} of {self.folder} has shape {tuple(value.shape)} and its config "
-                    f"means {tuple(parameter.shape)}."
-                )
-            setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+            if parameter.device.type == "meta":
+                made = nn.Parameter(value, requires_grad=place is not None)
+                setattr(module.get_submodule(owner), leaf, made)
         for name, _ in module.named_buffers():
             held.pop(name, None)
         if held:
@@ -101,9 +111,9 @@ class CheckpointReader:
                 f"{', '.join(sorted(held)[:3])}."
             )
 
-    def _stacked(self, held: dict[str, str], leaf: str, like: nn.Parameter, number: int) -> Tensor:
+    def _stacked(self, held: dict[str, str], leaf: str, like: nn.Parameter, number: int, made: Tensor | None) -> Tensor:
         """One fused tensor of the experts, filled expert by expert."""
-        made, half = None, like.shape[1] // 2
+        half = like.shape[1] // 2
         wanted = ("down_proj",) if leaf == "down_proj" else ("gate_proj", "up_proj")
         count = 0
         for name in list(held):
@@ -113,10 +123,15 @@ class CheckpointReader:
                 continue
             value = self.tensor(held.pop(name))
             made = torch.empty(like.shape, dtype=value.dtype) if made is None else made
-            place = made[int(found[1])]
+            part = made[int(found[1])]
             if leaf == "gate_up_proj":
-                place = place[:half] if kind == "gate_proj" else place[half:]
-            place.copy_(value)
+                part = part[:half] if kind == "gate_proj" else part[half:]
+            if part.shape != value.shape:
+                raise LimbeckError(
+                    f"an expert's {kind} in layer {number} of {self.folder} has shape {tuple(value.shape)} and its "
+                    f"config means {tuple(part.shape)}."
+                )
+            part.copy_(value)
             count += 1
         if made is None or count != like.shape[0] * len(wanted):
             raise LimbeckError(

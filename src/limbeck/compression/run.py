@@ -102,13 +102,11 @@ class Compression:
         if plan.section.keep_layers is None or self.rows is None:
             return plan.layers
         path = self._work / "changes.json"
-        if not path.exists():
-            changes = []
-            for number in range(plan.config.num_hidden_layers):
-                changes.append(self._change(number))
-                self._forget(f"change-{number:05d}.bin")
-            write_json(path, changes)
-        found: list[float] = read_json(path)
+        found: list[float] = read_json(path) if path.exists() else []
+        for number in range(len(found), plan.config.num_hidden_layers):
+            found.append(self._change(number))
+            write_json(path, found)
+            self._forget(f"change-{number:05d}.bin")
         kept = kept_layers(found, plan.section.keep_layers)
         shown = ", ".join(f"{number}: {change:.3f}" for number, change in enumerate(found))
         say(f"layers change the hidden states by (1 − cos) {shown}; kept are {kept}")
@@ -139,8 +137,9 @@ class Compression:
             part = DenseLayer(model.layer, section)
         if measured:
             self._pass(model, part, place)
-        smaller = part.smaller()
-        self._write(place, number, smaller, model.stored)
+        smaller, stored = part.smaller(), model.stored
+        del part, model  # the layer's memory is free before the smaller one is written
+        self._write(place, number, smaller, stored)
         record = CompressedLayer(
             layer=number,
             description=smaller.description,

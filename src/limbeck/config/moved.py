@@ -29,7 +29,10 @@ _PARAMETERS = {
     "loss.skew": _Parameter("divergence", "skewed_kl", "skew", 0.1),
 }
 #: Old dotted key -> the key that it is now; the old names stay good as short ones.
-_KEYS = {f"teacher.{short}": f"teacher.{key}" for short, key in SHORT_NAMES.items()}
+_KEYS = {
+    **{f"teacher.{short}": f"teacher.{key}" for short, key in SHORT_NAMES.items()},
+    "training.gradient_checkpointing": "training.activation_checkpointing",
+}
 #: Keys that decided nothing and are gone.
 _REMOVED = ("teacher.kind",)
 #: All names that are understood beside the present ones.

@@ -117,8 +117,8 @@ class TeacherConfig(Section):
 
     model: str | None = Field(
         None,
-        description="Folder or hub id of a causal LM; `tiny-python` and `tiny-moe` are in the package. Of a remote teacher "
-        "only the tokenizer is taken from here (and by `teacher probe` the weights, to compare).",
+        description="Folder or hub id of a causal LM; `tiny-python` and `tiny-moe` are in the package. Of a remote "
+        "teacher only the tokenizer is taken from here (and by `teacher probe` the weights, to compare).",
     )
     revision: str | None = Field(None, description="Commit or tag of a hub model.")
     trust_remote_code: bool = Field(False, description="Run the model repository's own Python code.")

@@ -253,6 +253,12 @@ class TrainingConfig(ScheduleConfig):
     )
     fp16: bool = Field(False, description="float16 autocast with loss scaling (GPU).")
     activation_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
+    offload_experts: Literal["cpu", "disk"] | None = Field(
+        None,
+        description="Keep routed experts, their gradients and optimizer state in the CPU's memory, or in files that "
+        "are mapped into it; a layer's come to the device when they are in use.",
+    )
+    offload_dir: Path | None = Field(None, description="Folder of offload_experts: disk; default beside the student.")
     logging_steps: PositiveInt = Field(10, description="Steps between log lines.")
     eval_steps: PositiveInt | None = Field(None, description="Steps between evaluations; default none.")
     eval_rows: PositiveInt | None = Field(64, description="Held-out rows of an evaluation during training.")
@@ -286,6 +292,15 @@ class TrainingConfig(ScheduleConfig):
     def _one_precision(self) -> "TrainingConfig":
         if self.bf16 is True and self.fp16:
             raise ValueError("training.bf16 and training.fp16 are both true; choose one")
+        return self
+
+    @model_validator(mode="after")
+    def _layers_come_one_at_a_time(self) -> "TrainingConfig":
+        if self.offload_experts is not None and not self.activation_checkpointing:
+            raise ValueError(
+                f"training.offload_experts is {self.offload_experts} and training.activation_checkpointing is false: "
+                "every layer's experts would stay until the backward pass. Set activation_checkpointing: true"
+            )
         return self
 
     @model_validator(mode="after")

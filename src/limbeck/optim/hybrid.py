@@ -12,6 +12,7 @@ from torch.optim.adamw import adamw
 
 from limbeck.errors import ConfigError
 from limbeck.optim.muon import local_part, muon_step
+from limbeck.optim.state import lives_elsewhere, state_like
 
 Tensor = torch.Tensor
 Step = Callable[[dict[str, Any], Sequence[Tensor], Sequence[dict[str, Any]]], None]
@@ -21,7 +22,7 @@ def lion_step(group: dict[str, Any], params: Sequence[Tensor], states: Sequence[
     """p ← p (1 − lr·wd) − lr·sign(β₁ m + (1−β₁) g);  m ← β₂ m + (1−β₂) g (Chen et al., arXiv 2302.06675)."""
     for parameter, state in zip(params, states, strict=True):
         if "exp_avg" not in state:
-            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg"] = state_like(parameter, "exp_avg")
     weights, grads = _locals(params), _locals([p.grad for p in params])
     averages = _locals([state["exp_avg"] for state in states])
     beta1, beta2 = group["betas"]
@@ -39,7 +40,7 @@ def adamw_step(group: dict[str, Any], params: Sequence[Tensor], states: Sequence
     for parameter, state in zip(params, states, strict=True):
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            state["exp_avg"], state["exp_avg_sq"] = (state_like(parameter, key) for key in ("exp_avg", "exp_avg_sq"))
     beta1, beta2 = group["betas"]
     adamw(
         _locals(params),
@@ -113,8 +114,10 @@ class HybridOptimizer(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                ALGORITHMS[group["algorithm"]][0](group, params, [self.state[p] for p in params])
+            alone = [[p] for p in params if lives_elsewhere(p)]
+            for together in ([p for p in params if not lives_elsewhere(p)], *alone):
+                if together:
+                    ALGORITHMS[group["algorithm"]][0](group, together, [self.state[p] for p in together])
         return loss
 
 

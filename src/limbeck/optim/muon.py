@@ -18,6 +18,7 @@ import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from limbeck.models import MatrixLayout, bfloat16_is_fast
+from limbeck.optim.state import state_like
 
 Tensor = torch.Tensor
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -54,7 +55,7 @@ def muon_step(group: dict[str, Any], params: Sequence[Tensor], states: Sequence[
     grads = [local_part(_gradient(p)) for p in params]
     for parameter, state in zip(params, states, strict=True):
         if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
+            state["momentum_buffer"] = state_like(parameter, "momentum_buffer")
     buffers = [local_part(state["momentum_buffer"]) for state in states]
     torch._foreach_lerp_(buffers, grads, 1.0 - group["momentum"])
     updates = list(torch._foreach_lerp(grads, buffers, group["momentum"])) if group["nesterov"] else buffers

@@ -27,7 +27,7 @@ from limbeck.students.ternary import (
     as_matrix,
     group_width,
     round_activations,
-    use_ternary_experts,
+    use_own_experts,
 )
 from limbeck.students.weights_file import KEY
 
@@ -183,7 +183,7 @@ def make_packed(model: Any, config: TernaryQuantizationConfig) -> None:
         module.ternary = state
         module._is_hf_initialized = True  # its initialisation would look for the weight that is gone
     if any(hasattr(module, "ternary_weights") for module in model.modules()):
-        use_ternary_experts(model)
+        use_own_experts(model)
 
 
 class Float8Weight(nn.Module):

@@ -170,7 +170,7 @@ def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
 
 
 class _ExpertsView:
-    """Experts as seen by their matrix products: quantised weights, the module for everything else."""
+    """Experts as seen by their matrix products: the weights in use, the module for everything else."""
 
     def __init__(self, module: Any, **weights: Tensor) -> None:
         self._module = module
@@ -180,32 +180,38 @@ class _ExpertsView:
         return getattr(self._module, name)
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
-        state: TernaryState = self._module.ternary
-        return round_activations(self._module._apply_gate(gate_up), state.activation_bits)
+        state: TernaryState | None = getattr(self._module, "ternary", None)
+        gated: Tensor = self._module._apply_gate(gate_up)
+        return gated if state is None else round_activations(gated, state.activation_bits)
 
 
-def ternary_experts_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Fused experts with ternary weights, by transformers' grouped products.
+def own_experts_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Fused experts by transformers' grouped products: ternary ones, and those whose weights are on another device.
 
     grouped_mm wants dimensions that are multiples of 8; other sizes take the batched products.
     """
     state: TernaryState | None = getattr(module, "ternary", None)
     fits = module.hidden_dim % 8 == 0 and module.intermediate_dim % 8 == 0
     products = ALL_EXPERTS_FUNCTIONS["grouped_mm" if fits else "batched_mm"]
-    if state is None:
+    in_use = {name: _in_use(module, name, hidden) for name in getattr(module, "ternary_weights", ())}
+    for name, weight in module.named_parameters(recurse=False):
+        if (
+            name not in in_use and weight.device != hidden.device
+        ):  # a layer that lives elsewhere comes when it is needed
+            in_use[name] = weight.to(hidden.device)
+    if not in_use:
         return products(module, hidden, top_k_index, top_k_weights)  # type: ignore[no-any-return]
-    view = _ExpertsView(module, **{name: _in_use(module, name, hidden.dtype) for name in module.ternary_weights})
-    x = round_activations(hidden, state.activation_bits)
-    return products(view, x, top_k_index, top_k_weights)  # type: ignore[no-any-return]
+    x = hidden if state is None else round_activations(hidden, state.activation_bits)
+    return products(_ExpertsView(module, **in_use), x, top_k_index, top_k_weights)  # type: ignore[no-any-return]
 
 
-def _in_use(module: Any, name: str, dtype: torch.dtype) -> Tensor:
+def _in_use(module: Any, name: str, hidden: Tensor) -> Tensor:
     """An experts' weight as its products see it: a shadow's ternary form, or packed codes unpacked."""
     packed = getattr(module, f"{name}_packed", None)
     if packed is not None:
-        unpacked: Tensor = packed.dequantise(dtype)
+        unpacked: Tensor = packed.dequantise(hidden.dtype)
         return unpacked
-    return ternarise(getattr(module, name), module.ternary)
+    return ternarise(getattr(module, name).to(hidden.device), module.ternary)
 
 
 def apply_ternary(model: Any, names: list[str], state: TernaryState) -> None:
@@ -238,14 +244,14 @@ def apply_ternary(model: Any, names: list[str], state: TernaryState) -> None:
         group_width(as_matrix(module, parameter).shape[-1], state.group_size)
         module.ternary = state
     if any(hasattr(module, "ternary_weights") for module in model.modules()):
-        use_ternary_experts(model)
+        use_own_experts(model)
     model.ternary_state = state
 
 
-def use_ternary_experts(model: Any) -> None:
-    """Let the model's fused experts go through `ternary_experts_forward`."""
+def use_own_experts(model: Any) -> None:
+    """Let the model's fused experts go through `own_experts_forward`."""
     if EXPERTS not in ALL_EXPERTS_FUNCTIONS:
-        ALL_EXPERTS_FUNCTIONS.register(EXPERTS, ternary_experts_forward)
+        ALL_EXPERTS_FUNCTIONS.register(EXPERTS, own_experts_forward)
     model.set_experts_implementation(EXPERTS)
 
 

@@ -5,6 +5,7 @@ fails the run goes on with the checkpoint before it. Weights are loaded through 
 the Trainer's own loading drops fused expert weights without a word (transformers #48805).
 """
 
+import contextlib
 import shutil
 import time
 from pathlib import Path
@@ -35,6 +36,7 @@ from limbeck.training.checkpoints import (
     what_remains,
 )
 from limbeck.training.guard import DivergedError
+from limbeck.training.offload import ExpertOffload
 from limbeck.training.own_parameters import load_own, save_own
 from limbeck.training.private import check_attributes, check_trainer
 
@@ -47,6 +49,7 @@ class CheckpointingTrainer(Trainer):
     lr_scheduler: Any
     tokenizer_to_save: Any = None
     objectives: Objectives
+    offload: ExpertOffload | None = None
 
     def __init__(self, *, args: Any, **kwargs: Any) -> None:
         check_trainer(Trainer)
@@ -287,7 +290,10 @@ class CheckpointingTrainer(Trainer):
         own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         names = group_names(optimizer)
         try:
-            super()._load_optimizer_and_scheduler(checkpoint)
+            with contextlib.nullcontext() if self.offload is None else self.offload.loading():
+                super()._load_optimizer_and_scheduler(checkpoint)
+            if self.offload is not None:
+                self.offload.adopt_state(optimizer)
         except ValueError as error:  # torch counts tensors where names alone would pass
             raise other_groups(checkpoint, str(error), names) from None
         if group_names(optimizer) != names:
@@ -319,6 +325,9 @@ class CheckpointingTrainer(Trainer):
         base = self.accelerator.unwrap_model(self.model)
         if checkpoint is None or not isinstance(base, PreTrainedModel) or self.is_fsdp_enabled:
             return False
+        if self.offload is not None:
+            self.offload.fill(base, Path(checkpoint))
+            return True
         dtype = next(base.parameters()).dtype
         saved, report = type(base).from_pretrained(
             checkpoint, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True

@@ -24,7 +24,7 @@ from limbeck.config import Recipe, StudentConfig
 from limbeck.console import say, warn
 from limbeck.data.dataset import PackedDataset
 from limbeck.data.tokenizer import LoadedTokenizer, read_as_other, recipe_tokenizer
-from limbeck.errors import LimbeckError
+from limbeck.errors import ConfigError, LimbeckError
 from limbeck.folders import StageFolder
 from limbeck.losses.objective import Context, Objectives
 from limbeck.manifests import StudentManifest
@@ -40,6 +40,7 @@ from limbeck.training.advice import advise
 from limbeck.training.check import check_lengths, check_teacher
 from limbeck.training.checkpoints import BEST, checkpoint_step, newest, publish_model
 from limbeck.training.display import LOG, LogFile
+from limbeck.training.offload import ExpertOffload
 from limbeck.training.resume import begin
 from limbeck.training.settle import optimizer_choice, settled
 
@@ -47,7 +48,7 @@ from limbeck.training.settle import optimizer_choice, settled
 _NOT_INPUTS = {
     "output_dir", "resume", "resume_from", "logging_steps", "save_total_limit", "report_to", "device",
     "dataloader_num_workers", "dashboard", "step_line", "per_device_eval_batch_size", "eval_steps", "eval_rows",
-    "save_steps",
+    "save_steps", "offload_experts", "offload_dir",
 }  # fmt: skip
 
 
@@ -110,7 +111,11 @@ def train_one(recipe: Recipe, stage: StageFolder, start: Path | None, force: boo
             stack.callback(teacher.close)
             check_teacher(teacher, recipe.loss, recipe.dataset.attention, rows)
         # Whatever is wrong with the student or its optimizer shows before anything is written.
-        student = new_student(_begun_from(recipe.student, start), tokenizer, recipe.dataset.attention, recipe.seed)
+        offload = _offload(recipe, folder)
+        if offload is not None:
+            stack.callback(offload.close)
+        section = _begun_from(recipe.student, start)
+        student = new_student(section, tokenizer, recipe.dataset.attention, recipe.seed, offload)
         groups = check_plan(recipe, student, rows, teacher)
         stack.enter_context(stage.lock() if ranks.rank() == 0 else contextlib.nullcontext())
         stack.enter_context(_plain_errors(folder))
@@ -123,6 +128,9 @@ def train_one(recipe: Recipe, stage: StageFolder, start: Path | None, force: boo
         if teacher is not None:
             _tell_vocabularies(teacher, student)
         trainer = _trainer(recipe, stage, student, teacher, rows, held_out, tokenizer, resume)
+        trainer.offload = offload
+        if trainer.ternary is not None:
+            trainer.ternary.measures = offload is None  # the codes would be a quarter of the experts
         (resume,) = broadcast_object_list([resume])  # rank 0 chooses for all
         if ranks.rank() == 0:
             _record_provenance(stage, recipe.training.mode, resume, changed)
@@ -186,9 +194,30 @@ def _begun_from(section: StudentConfig, start: Path | None) -> StudentConfig:
     return section.model_copy(update=weights) if start else section
 
 
-def new_student(section: StudentConfig, tokenizer: LoadedTokenizer, attention: str, seed: int) -> Any:
+def _offload(recipe: Recipe, folder: Path) -> ExpertOffload | None:
+    """Where the experts live, when the recipe has them elsewhere."""
+    training = recipe.training
+    if training.offload_experts is None:
+        return None
+    if ranks.world_size() > 1:
+        raise ConfigError(
+            f"training.offload_experts is {training.offload_experts} and there are {ranks.world_size()} ranks; it is "
+            "for one process. Shard over ranks instead: fsdp_offload_params: true in recipes/accelerate/fsdp2-*.yaml."
+        )
+    place = training.offload_dir or folder.parent / f".{folder.name}-offload"
+    return ExpertOffload(training.offload_experts, place, training.device)
+
+
+def new_student(
+    section: StudentConfig,
+    tokenizer: LoadedTokenizer,
+    attention: str,
+    seed: int,
+    offload: ExpertOffload | None = None,
+) -> Any:
     """The student as it begins."""
-    student = build_student(section, tokenizer.model_keys, seed)
+    build = build_student if offload is None else offload.build
+    student = build(section, tokenizer.model_keys, seed)
     require_causal(student, "student")
     if attention == "per_document":
         require_packing(student, "student")

@@ -32,7 +32,12 @@ class TernaryWatch(TrainerCallback):
     Args:
         model: the student; has `ternary_state`.
         warmup_steps: steps in which λ rises from 0 to 1.
+
+    Attributes:
+        measures: the codes of before are held, so that what changed can be told.
     """
+
+    measures = True
 
     def __init__(self, model: Any, warmup_steps: int) -> None:
         self._model, self._warmup = model, warmup_steps
@@ -46,7 +51,8 @@ class TernaryWatch(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refuse a warm-up that the run never finishes; note the codes it starts from."""
         check_warmup(self._warmup, state.max_steps)
-        self._codes = {name: self._quantised(weight) for name, weight in ternary_weights(self._model)}
+        if self.measures:
+            self._codes = {name: self._quantised(weight) for name, weight in ternary_weights(self._model)}
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """λ of the step that begins."""

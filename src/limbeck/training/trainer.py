@@ -225,7 +225,7 @@ class DistillationTrainer(CheckpointingTrainer):
             by_loader = distils and self.teacher is not None and self.teacher.in_workers
             logs.update(self.metrics.drain(self._sum_over_ranks, distils=distils, targets_by_loader=by_loader))
             logs.update({f"lr/{tag(name)}": rate for name, rate in self._rates.items()})
-            if self.ternary is not None and not self.is_fsdp_enabled:
+            if self.ternary is not None and not self.is_fsdp_enabled and self.offload is None:
                 logs.update(self.ternary.measure())
             if self.saddle is not None:
                 logs["lr_boost"] = self.saddle.factor
