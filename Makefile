@@ -32,7 +32,7 @@ mutants: $(VENV)/.dev
 
 bench: $(VENV)/.bench
 	mkdir -p benchmarks/results
-	for name in loss cache pack train ternary tail remote students; do \
+	for name in loss cache pack train ternary tail remote students compress; do \
 		$(BIN)/python benchmarks/$$name.py --json > benchmarks/results/$$name.json; \
 		status=$$?; \
 		cat benchmarks/results/$$name.json; \

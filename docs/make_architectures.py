@@ -55,6 +55,8 @@ SHAPES = {
     "mamba": {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 8},
     "retnet_hrm": {**BASE, "num_key_value_heads": None, "H_cycles": 2, "L_cycles": 2, "memory": True},
     "mhc_llama": {**BASE, "mhc_streams": 3},
+    "compressed_qwen3_moe": {**EXPERTS, "expert_layers": [{"method": "latent", "rank": 64},
+                                                          {"method": "shared_core", "rank": 8}]},
     "gpt_oss": {**BASE, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 16},
 }  # fmt: skip
 

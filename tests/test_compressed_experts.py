@@ -8,6 +8,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from limbeck.compression.factors import FACTORISATIONS, core_delta, latent, rank_for, shared_core
 from limbeck.compression.pruning import evenly_spaced, kept_experts, kept_layers, prune_channels
+from limbeck.compression.refit import refit_latent
 from limbeck.compression.statistics import ExpertStatistics, whitening
 from limbeck.errors import ConfigError
 from limbeck.students.compressed.experts import PROJECTIONS, compressed_experts
@@ -176,6 +177,39 @@ def test_latent_errs_by_the_eigenvalues_that_it_leaves_out():
     decoder = tensors["decoder.weight"].double()
     lost = statistics.outputs.trace() - (decoder.mT @ statistics.outputs @ decoder).trace()
     assert float(lost) == pytest.approx(float(values[:-6].sum()), rel=1e-4)
+
+
+def test_refitted_experts_are_least_squares_around_what_they_were():
+    """Against NumPy's least squares with the prior as rows of its own, expert by expert; an unseen one stays."""
+    experts = fused()
+    gate = torch.nn.Module()
+    gate.weight = torch.zeros(1, dtype=torch.float64)
+    x, chosen, weights = routed()
+    chosen = chosen.clamp(max=E - 2)  # the last expert sees nothing
+    gate.forward = lambda part: (None, weights, chosen)
+    tensors = {name: value.double() for name, value in latent(experts, statistics_of(experts), 6).items()}
+    before = {name: value.clone() for name, value in tensors.items()}
+    refit_latent(experts, gate, x, tensors)
+    assert torch.equal(tensors["gate_up_proj"][E - 1], before["gate_up_proj"][E - 1])
+
+    def fitted(inputs, outputs, prior):
+        size = inputs.shape[1]
+        weight = 0.1 * size / len(inputs) * np.mean(np.sum(inputs**2, axis=0))
+        rows = np.concatenate([inputs, np.sqrt(weight) * np.eye(size)])
+        return np.linalg.lstsq(rows, np.concatenate([outputs, np.sqrt(weight) * prior.T]), rcond=None)[0].T
+
+    for e in range(E - 1):
+        tokens, place = torch.where(chosen == e)
+        g = weights[tokens, place].unsqueeze(-1)
+        z = x[tokens] @ before["encoder.weight"].mT
+        gate_up = x[tokens] @ experts.gate_up_proj[e].mT
+        small = fitted((z * g).numpy(), (gate_up * g).numpy(), before["gate_up_proj"][e].numpy())
+        np.testing.assert_allclose(tensors["gate_up_proj"][e].numpy(), small, atol=1e-4)
+        halves = gate_up.chunk(2, dim=-1), (z @ torch.from_numpy(small).mT).chunk(2, dim=-1)
+        inside, narrow = (torch.nn.functional.silu(a) * b * g for a, b in halves)
+        wanted = inside @ experts.down_proj[e].mT @ before["decoder.weight"]
+        down = fitted(narrow.numpy(), wanted.numpy(), before["down_proj"][e].numpy())
+        np.testing.assert_allclose(tensors["down_proj"][e].numpy(), down, atol=1e-4)
 
 
 def weighted_error(experts, statistics, tensors, layer, name):

@@ -20,7 +20,10 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_load(path):
-    assert load_recipe(path).name == path.stem
+    whole = load_recipe(path)
+    assert whole.name == path.stem
+    if whole.tiny:
+        assert load_recipe(path, tiny=True).name == f"{path.stem}-tiny"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)

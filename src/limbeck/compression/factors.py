@@ -3,7 +3,7 @@
 The one idea: each is the best of its form for squared errors weighted by what the layer sees (S = C^½ of its inputs)
 and by how much each expert is used (p_e), so a truncated eigen- or singular-value decomposition gives it.
 
-    latent       Σ_e p_e S W_eᵀW_e S → its R largest eigenvectors Q;  V = Qᵀ S⁻¹, A_e = W_e S Q;
+    latent       Σ_e p_e S W_eᵀW_e S → its R largest eigenvectors Q;  V = Qᵀ S⁻¹, A_e = W_e S Q (V made orthonormal);
                  Σ_e p_e W_e^d C_e W_e^dᵀ → its R largest eigenvectors U;  D_e = Uᵀ W_e^d
     core_delta   B = Σ_e p_e W_e;  U_e V_e = (W_e − B) S truncated to rank R, times S⁻¹
     shared_core  C = Σ_e p_e W_e;  the two wrappers of an expert in turns, each the reduced-rank regression
@@ -56,7 +56,9 @@ def latent(experts: Any, statistics: ExpertStatistics, rank: int) -> dict[str, T
             wide = weight.float()
             written += mass * (wide @ wide.mT).double()
     decoder = _largest(written, rank).float()
-    inwards = (root @ directions).float()
+    # z in an orthonormal basis of its space: then A_e has the scale of W_e, which optimizers and scales go by.
+    basis, change = torch.linalg.qr(inverse @ directions)
+    inwards = (root @ directions @ change.mT).float()
     gate_up, down = (
         experts.gate_up_proj.new_empty(count, half, rank),
         experts.down_proj.new_empty(count, rank, half // 2),
@@ -64,7 +66,7 @@ def latent(experts: Any, statistics: ExpertStatistics, rank: int) -> dict[str, T
     for number in range(count):
         gate_up[number] = experts.gate_up_proj[number].float() @ inwards
         down[number] = decoder.mT @ experts.down_proj[number].float()
-    encoder = (inverse @ directions).mT.float()
+    encoder = basis.mT.float()
     return {
         "gate_up_proj": gate_up,
         "down_proj": down,
@@ -99,7 +101,7 @@ def core_delta(experts: Any, statistics: ExpertStatistics, rank: int) -> dict[st
         factors = []
         for number in range(len(experts.down_proj)):
             u, v = _truncated((_projection(experts, name, number) - core) @ root, rank)
-            factors.append((u.to(dtype), (v @ inverse).to(dtype)))
+            factors.append([factor.to(dtype) for factor in _balanced(u, v @ inverse)])
         found[f"wrapper.{name}_u"] = torch.stack([u for u, _ in factors])
         found[f"wrapper.{name}_v"] = torch.stack([v for _, v in factors])
     return found
@@ -117,6 +119,12 @@ def _truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     image = matrix @ w
     q, r = torch.linalg.qr(image)
     return q, r @ w.mT
+
+
+def _balanced(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product with columns of U and rows of V of one norm, so that one learning rate fits both."""
+    scale = (v.norm(dim=1) / u.norm(dim=0).clamp_min(1e-30)).clamp_min(1e-30).sqrt()
+    return u * scale, v / scale.unsqueeze(1)
 
 
 def shared_core(experts: Any, statistics: ExpertStatistics, rank: int) -> dict[str, Tensor]:
@@ -149,7 +157,7 @@ def _wrappers(weight: Tensor, core: Tensor, root: Tensor, inverse: Tensor, rank:
         outer = core + out_u @ (out_v @ core)
         in_u, in_v = _regressed_inside((weight - outer) @ root, outer, rank)
         in_v = in_v @ inverse
-    return out_u, out_v, in_u, in_v
+    return *_balanced(out_u, out_v), *_balanced(in_u, in_v)
 
 
 def _regressed(difference: Tensor, x: Tensor, rank: int) -> tuple[Tensor, Tensor]:

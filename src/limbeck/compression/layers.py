@@ -15,6 +15,7 @@ import torch
 
 from limbeck.compression.factors import FACTORISATIONS, rank_for
 from limbeck.compression.pruning import kept_experts, prune_channels, without_experts
+from limbeck.compression.refit import refit_latent
 from limbeck.compression.statistics import ExpertStatistics
 from limbeck.config.compress import CompressConfig
 from limbeck.errors import ConfigError
@@ -47,24 +48,32 @@ class SmallerLayer:
         return sum(tensor.numel() for tensor in self.tensors.values())
 
 
-class _Sample:
-    """The first tokens that a part of the layer gets; normal noise where there is no text."""
+class _Inputs:
+    """What a part of the layer gets of the calibration text.
 
-    def __init__(self) -> None:
-        self._parts: list[Tensor] = []
-        self._held = 0
+    Args:
+        store: `[N, H]` that is filled, mapped from a file; None: no text.
+    """
+
+    def __init__(self, store: Tensor | None) -> None:
+        self._store, self._held = store, 0
 
     def add(self, x: Tensor) -> None:
-        """Take what is still wanted of x `[n, H]`."""
-        if self._held < _SAMPLE:
-            part = x[: _SAMPLE - self._held].clone()
-            self._parts.append(part)
-            self._held += len(part)
+        """Take x `[n, H]`."""
+        assert self._store is not None
+        self._store[self._held : self._held + len(x)] = x.to(self._store)
+        self._held += len(x)
 
-    def tokens(self, like: Tensor, width: int) -> Tensor:
-        """`[N, H]`."""
-        if self._parts:
-            return torch.cat(self._parts)
+    @property
+    def all(self) -> Tensor:
+        """`[n, H]` whatever came."""
+        assert self._store is not None
+        return self._store[: self._held]
+
+    def sample(self, like: Tensor, width: int) -> Tensor:
+        """The first tokens `[n, H]`; without a text normal noise."""
+        if self._store is not None:
+            return self.all[:_SAMPLE].to(like)
         noise = torch.randn(512, width, generator=torch.Generator().manual_seed(0))
         return noise.to(like)
 
@@ -76,16 +85,16 @@ class RoutedLayer:
         layer: the decoder layer.
         config: the model's.
         section: what is to be done.
-        measured: there will be calibration text.
+        store: where what the experts get of the calibration text is kept, `[N, H]`; None: there is no text.
     """
 
-    def __init__(self, layer: Any, config: Any, section: CompressConfig, *, measured: bool) -> None:
+    def __init__(self, layer: Any, config: Any, section: CompressConfig, store: Tensor | None) -> None:
         block: Any = routed_block(layer)
         self.block, self.config, self.section = block, config, section
         held = block.experts
         self._sizes = (held.num_experts, held.hidden_dim, held.intermediate_dim)
-        self._sample = _Sample()
-        if measured:
+        self._inputs = _Inputs(store)
+        if store is not None:
             self.statistics = ExpertStatistics.empty(*self._sizes, device=held.down_proj.device)
         else:
             self.statistics = ExpertStatistics.without_data(self._sizes[0], held.down_proj.device)
@@ -95,7 +104,7 @@ class RoutedLayer:
         experts, flat = self.block.experts, counted.reshape(-1)
 
         def observed(hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-            self._sample.add(hidden[flat])
+            self._inputs.add(hidden[flat])
             return self.statistics.observe(experts, hidden, chosen, weights, flat)
 
         experts.forward = observed
@@ -107,7 +116,7 @@ class RoutedLayer:
         experts.__dict__.pop("forward", None)
         if self.statistics.inputs is not None:
             self.statistics.finish()
-        x = self._sample.tokens(experts.down_proj, self._sizes[1])
+        x = self._inputs.sample(experts.down_proj, self._sizes[1])
         wanted = _routed(self.block.gate, experts, x)
         before = sum(parameter.numel() for parameter in experts.parameters())
         if self.section.method == "prune":
@@ -142,6 +151,8 @@ class RoutedLayer:
         experts, method = self.block.experts, description["method"]
         if method != "prune":
             made = FACTORISATIONS[method](experts, self.statistics, description["rank"])
+            if method == "latent" and self.statistics.inputs is not None:
+                refit_latent(experts, self.block.gate, self._inputs.all, made)
             return {f"mlp.experts.{name}": value for name, value in made.items()}
         kept = kept_experts(self.statistics, description["experts"])
         made = {f"mlp.experts.{name}": value for name, value in without_experts(experts, kept).items()}
@@ -196,12 +207,13 @@ class DenseLayer:
     Args:
         layer: the decoder layer.
         section: what is to be done.
+        store: as a `RoutedLayer`'s.
     """
 
-    def __init__(self, layer: Any, section: CompressConfig) -> None:
+    def __init__(self, layer: Any, section: CompressConfig, store: Tensor | None) -> None:
         self.mlp, self.section = layer.mlp, section
         self._moment: Tensor | None = None
-        self._sample = _Sample()
+        self._inputs = _Inputs(store)
         self._hooks: list[Any] = []
 
     def listen(self, counted: Tensor) -> None:
@@ -217,7 +229,7 @@ class DenseLayer:
             self._moment = moment if self._moment is None else self._moment + moment
 
         def whole(module: Any, given: Any) -> None:
-            self._sample.add(given[0][counted])
+            self._inputs.add(given[0][counted])
 
         self._hooks = [
             self.mlp.down_proj.register_forward_pre_hook(inside),
@@ -233,7 +245,7 @@ class DenseLayer:
         if keep is None:
             return SmallerLayer({"method": "none"}, {}, 0.0, 0)
         like = mlp.down_proj.weight
-        x = self._sample.tokens(like, like.shape[0])
+        x = self._inputs.sample(like, like.shape[0])
         tensors = prune_channels(mlp, self._moment, keep)
         held = {name: value.to(like) for name, value in tensors.items()}
         gate, up = (

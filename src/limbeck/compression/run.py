@@ -129,13 +129,14 @@ class Compression:
     def _compress(self, place: int, number: int) -> None:
         started = time.perf_counter()
         model = self._model(number)
-        section, measured = self.plan.section, self.rows is not None
+        section = self.plan.section
+        store = None if self.rows is None else self._mapped(self._work / "inputs.bin", model).flatten(0, 1)
         part: RoutedLayer | DenseLayer
         if model.is_routed and section.method is not None:
-            part = RoutedLayer(model.layer, self.plan.config, section, measured=measured)
+            part = RoutedLayer(model.layer, self.plan.config, section, store)
         else:
-            part = DenseLayer(model.layer, section)
-        if measured:
+            part = DenseLayer(model.layer, section, store)
+        if store is not None:
             self._pass(model, part, place)
         smaller, stored = part.smaller(), model.stored
         del part, model  # the layer's memory is free before the smaller one is written
