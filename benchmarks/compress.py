@@ -5,10 +5,12 @@
 Losses are held-out cross-entropies of `tiny-moe`, the mixture in the package, on modules of the standard library that
 it has not seen, measured on 64 (quick) or 256 of its training rows and kept to half of the experts' weights; `mean` is
 the routing-weighted mean of the experts, a shared core of rank 0. Time and memory are of synthetic checkpoints with
-random weights, compressed by the weights alone: 2 layers and 20 layers in turn; and of 4 layers of 100 MB the peak of
-a process over one layer with two H × H matrices in float64.
+random weights, measured on 4 rows of 512 random tokens: 2 layers and 20 layers in turn; and of 3 layers of 200 MB
+the peak of a process over one layer with two H × H matrices in float64, without the shapes that oneDNN caches (a few
+hundred MB at most, whatever the model).
 """
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -21,7 +23,7 @@ from limbeck.compression.plan import CompressionPlan
 from limbeck.compression.run import Compression
 from limbeck.config import ModelSource
 from limbeck.config.compress import CompressConfig
-from limbeck.data.dataset import PackedDataset
+from limbeck.data.dataset import PackedDataset, PackedRows
 from limbeck.folders import StageFolder
 from limbeck.models import load_causal_lm, resolve_model
 from limbeck.pipeline import run_pipeline
@@ -38,7 +40,7 @@ CASES = {
 LAYER = {"model_type": "qwen3_moe", "hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2,
          "head_dim": 64, "num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 256,
          "decoder_sparse_step": 1, "vocab_size": 1024, "tie_word_embeddings": True}  # fmt: skip
-LARGE = {**LAYER, "hidden_size": 1024, "moe_intermediate_size": 512}
+LARGE = {**LAYER, "hidden_size": 1024, "moe_intermediate_size": 512, "num_experts": 64}
 
 
 def packed_rows(folder: Path) -> Path:
@@ -82,6 +84,21 @@ def losses(folder: Path, quick: bool) -> dict[str, float]:
         model = load_causal_lm(str(compressed("tiny-moe", section, rows, folder / name)), dtype="float32").eval()
         found[name] = held_out_loss(model, held_out) - own
     return found
+
+
+class RandomRows:
+    """Calibration text of random ids, as `PackedDataset` gives it."""
+
+    max_length = 512
+
+    def __len__(self) -> int:
+        return 4
+
+    def rows(self, indices) -> PackedRows:
+        """One document a row."""
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(LAYER["vocab_size"], (len(self), self.max_length), generator=generator)[list(indices)]
+        return PackedRows(torch.tensor(list(indices)), ids, torch.zeros_like(ids))
 
 
 def synthetic(folder: Path, layers: int, sizes: dict = LAYER) -> Path:
@@ -135,7 +152,7 @@ def watch():
         time.sleep(0.002)
 watcher = threading.Thread(target=watch)
 watcher.start()
-compress.compressed(sys.argv[2], {"method": "latent", "keep": 0.5}, None, Path(sys.argv[3]))
+compress.compressed(sys.argv[2], {"method": "latent", "keep": 0.5}, compress.RandomRows(), Path(sys.argv[3]))
 done = True
 watcher.join()
 print(peak - before)
@@ -145,7 +162,8 @@ print(peak - before)
 def peak_over_layer(source: Path, out: Path) -> float:
     """Peak memory of compressing over a layer's weights and two H × H matrices in float64."""
     command = [sys.executable, "-c", _MEASURED, str(Path(__file__).parent), str(source), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    environment = {**os.environ, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     peak = int(done.stdout.split()[-1])
     experts, hidden, inside = LARGE["num_experts"], LARGE["hidden_size"], LARGE["moe_intermediate_size"]
     layer = 2 * 3 * experts * hidden * inside
@@ -163,12 +181,12 @@ def main() -> int:
         section = {"method": "latent", "keep": 0.5}
         found = interleaved(
             {
-                "1x": lambda: compressed(str(one), section, None, folder / "out-one"),
-                "10x": lambda: compressed(str(ten), section, None, folder / "out-ten"),
+                "1x": lambda: compressed(str(one), section, RandomRows(), folder / "out-one"),
+                "10x": lambda: compressed(str(ten), section, RandomRows(), folder / "out-ten"),
             },
             3 if given.quick else 5,
         )
-        memory = peak_over_layer(synthetic(folder / "large", 4, LARGE), folder / "measured")
+        memory = peak_over_layer(synthetic(folder / "large", 3, LARGE), folder / "measured")
     result = {
         "loss_increase": added,
         "latent_over_prune_loss_increase": added["latent"] / added["prune"],

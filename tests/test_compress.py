@@ -49,6 +49,7 @@ MODELS = {
     "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 16},
     "llama": {"intermediate_size": 48, "tie_word_embeddings": False},
     "qwen2": {"intermediate_size": 48, "head_dim": None},
+    "smollm3": {"intermediate_size": 48, "no_rope_layers": [1, 0, 1], "head_dim": None, "pad_token_id": 0},
 }  # fmt: skip
 IDS = (torch.arange(48).reshape(2, 24) * 7 + 3) % 4096
 
@@ -167,7 +168,7 @@ def test_pruned_experts_are_plain_transformers(kind, packed, tmp_path):
         assert torch.equal(kept.experts.down_proj[mine], whole.experts.down_proj[theirs])
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "smollm3"])
 def test_dense_models_lose_layers_and_channels(kind, packed, tmp_path):
     model = model_of(kind)
     manifest = compress(save_model(model, tmp_path / "teacher"), tmp_path / "small", packed, keep_layers=2, keep_ffn=32)
@@ -195,6 +196,9 @@ def test_dense_models_lose_layers_and_channels(kind, packed, tmp_path):
         assert torch.equal(
             small.model.layers[place].self_attn.q_proj.weight, model.model.layers[number].self_attn.q_proj.weight
         )
+        if kind == "smollm3":
+            one, other = small.model.layers[place].self_attn, model.model.layers[number].self_attn
+            assert one.use_rope == other.use_rope
     # Channels that all stay change nothing.
     compress(tmp_path / "teacher", tmp_path / "same", packed, keep_ffn=48)
     same = load_causal_lm(str(tmp_path / "same"), dtype="float32").eval()
@@ -305,6 +309,29 @@ def test_stopped_at_any_write_it_ends_with_the_same_bytes(section, packed, tmp_p
     assert not (tmp_path / "cut" / "work").exists()
 
 
+@pytest.mark.parametrize("moment", ["sha256_file", "copy2", "rmtree"])
+def test_stopped_while_it_finishes_no_layer_is_made_again(moment, packed, tmp_path, monkeypatch, capsys):
+    """While checksums are taken, in the middle of a tokenizer's file, while the work is removed."""
+    source = save_model(model_of("qwen3_moe"), tmp_path / "teacher")
+    section = {"method": "latent", "keep": 0.5}
+    compress(source, tmp_path / "whole", packed, **section)
+    with monkeypatch.context() as patch:
+
+        def stops(one, other=None, **kwargs):
+            if moment == "copy2":
+                Path(other).write_bytes(Path(one).read_bytes()[:10])
+            raise KeyboardInterrupt
+
+        owner = compression if moment == "sha256_file" else __import__("shutil")
+        patch.setattr(owner, moment, stops)
+        with pytest.raises(KeyboardInterrupt):
+            compress(source, tmp_path / "cut", packed, **section)
+    monkeypatch.setattr(Compression, "_compress", None)  # nothing is left to compress
+    compress(source, tmp_path / "cut", packed, **section)
+    names = ("*.safetensors", "*.json")
+    assert digest(tmp_path / "cut", *names) == digest(tmp_path / "whole", *names)
+
+
 def test_killed_for_real_the_command_goes_on(corpus, tmp_path):
     source = save_model(model_of("qwen3_moe", num_hidden_layers=6, mlp_only_layers=[]), tmp_path / "teacher")
     command = ["compress", source, "--method", "latent", "--calibration", corpus, "--seq-len", "32"]
@@ -331,7 +358,7 @@ def test_a_model_larger_than_the_memory_it_may_take(tmp_path):
     sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
     from compress import LARGE, synthetic
 
-    source = synthetic(tmp_path / "large", 16, LARGE)
+    source = synthetic(tmp_path / "large", 8, LARGE)
     size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     script = """
 import resource, sys
@@ -345,7 +372,7 @@ import accelerate, safetensors.torch
 fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
 held = int(fields["VmData"].split()[0]) * 1024
 resource.setrlimit(resource.RLIMIT_DATA, (held + int(sys.argv[4]),) * 2)
-compress.compressed(sys.argv[2], {"method": "latent", "keep": 0.5}, None, Path(sys.argv[3]))
+compress.compressed(sys.argv[2], {"method": "latent", "keep": 0.5}, compress.RandomRows(), Path(sys.argv[3]))
 """
     benchmarks = str(Path(__file__).parents[1] / "benchmarks")
     words = [sys.executable, "-c", script, benchmarks, str(source), str(tmp_path / "small"), str(size // 3)]
@@ -456,7 +483,8 @@ def test_keys_that_exclude_each_other(moe_recipe, keys, said):
         ("qwen3_moe", {"keep_ffn": 8}, "compress.keep_ffn is 8 and .* is a qwen3_moe"),
         ("llama", {"keep_layers": 9}, "compress.keep_layers is 9 and .* has 3"),
         ("llama", {"keep_ffn": 99}, "compress.keep_ffn is 99 and .* has 48"),
-        ("qwen3_moe", {"method": "latent", "rank": 33}, "compress.rank is 33 .* 16 × 32; latent takes 1 to 32"),
+        ("qwen3_moe", {"method": "latent", "rank": 33}, "compress.rank is 33 .* 16 × 32; latent takes multiples"),
+        ("qwen3_moe", {"method": "latent", "rank": 10}, "takes multiples of 8 up to 32"),
         ("qwen3_moe", {"method": "shared_core", "keep": 0.2}, "keep 0.2 leaves shared_core no rank"),
         ("qwen3_moe", {"method": "prune", "keep": 0.1}, "leaves 1 of 8 experts and a token takes 2"),
     ],
@@ -482,6 +510,61 @@ def test_checkpoints_that_are_not_what_their_config_says(tmp_path):
     (source / "config.json").write_text(json.dumps(config))
     with pytest.raises(LimbeckError, match=r"has no tensor mlp.gate.weight of layer 2"):
         compress(source, tmp_path / "gone", method="latent", rank=8)
+
+
+def test_layouts_that_transformers_loads_are_read(packed, tmp_path):
+    """A second copy of the weights, constants of older versions, the body's names alone; and a broken index."""
+    from safetensors.torch import save_file
+
+    model = model_of("llama", tie_word_embeddings=True)
+    source = save_model(model, tmp_path / "teacher")
+    save_file({"layers.0.attention.wq.weight": torch.zeros(2, 2)}, source / "consolidated.safetensors")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(8)
+    body = {name.removeprefix("model."): value for name, value in tensors.items() if name != "lm_head.weight"}
+    save_file(body, source / "model.safetensors", metadata={"format": "pt"})
+    compress(source, tmp_path / "small", packed, keep_ffn=48)
+    same = load_causal_lm(str(tmp_path / "small"), dtype="float32").eval()
+    torch.testing.assert_close(logits(same), logits(model), rtol=1e-3, atol=1e-3)
+    outside = '{"weight_map": {"embed_tokens.weight": "../x.safetensors"}}'
+    broken = {"{": "JSON", '{"metadata": {}}': "no weight_map", outside: "outside that folder"}
+    for text, said in broken.items():
+        (source / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(LimbeckError, match=said):
+            CheckpointReader(source).tensor("embed_tokens.weight")
+
+
+def test_each_tensor_keeps_the_precision_of_its_file(packed, tmp_path):
+    """bfloat16 beside float32 state weights of the delta nets, as checkpoints of Qwen3-Next have them."""
+    from safetensors.torch import save_file
+
+    source = save_model(model_of("qwen3_next").bfloat16(), tmp_path / "teacher")
+    tensors = load_file(source / "model.safetensors")
+    tensors = {name: t.float() if name.endswith(("A_log", "dt_bias")) else t for name, t in tensors.items()}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    compress(source, tmp_path / "small", packed, "packed", method="latent", keep=0.5)
+    found = load_file(tmp_path / "small" / "layer-00000.safetensors")
+    kinds = {name.rpartition(".")[2]: value.dtype for name, value in found.items()}
+    assert kinds["gate_up_proj"] == torch.bfloat16
+    assert kinds["A_log"] == torch.float32
+
+
+def test_what_rows_cannot_measure_is_refused_before_any_work(moe_recipe, tmp_path):
+    def refused(said, kind="qwen3_moe", dataset=None, **changes):
+        source = save_model(model_of(kind, **changes), tmp_path / said[:8].strip())
+        with pytest.raises(ConfigError, match=said):
+            plan_run(with_keys(moe_recipe, compress={"model": str(source)}, dataset=dataset or {}), "compress")
+
+    refused("knows 100", vocab_size=100)
+    refused("has a context of 16", max_position_embeddings=16)
+    refused("linear attention, which carries", "qwen3_next")
+
+
+def test_the_same_work_written_otherwise_is_found_done(moe_recipe):
+    recipe = with_keys(moe_recipe, compress={"method": "prune", "rank": None, "calibration_rows": 100000})
+    run_pipeline(recipe, "compress")
+    same = with_keys(recipe, compress={"keep": 0.5, "calibration_rows": 90000})
+    assert {stage.state for stage in run_pipeline(same, "compress").stages} == {"skipped"}
 
 
 def test_the_command_without_a_method_or_a_text(tmp_path, capsys, monkeypatch):

@@ -7,9 +7,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from limbeck.compression.factors import FACTORISATIONS, core_delta, latent, rank_for, shared_core
-from limbeck.compression.pruning import evenly_spaced, kept_experts, kept_layers, prune_channels
+from limbeck.compression.layers import candidates
+from limbeck.compression.pruning import evenly_spaced, kept_experts, kept_layers, prune_channels, with_attention
 from limbeck.compression.refit import refit_latent
 from limbeck.compression.statistics import ExpertStatistics, whitening
+from limbeck.config.compress import CompressConfig
 from limbeck.errors import ConfigError
 from limbeck.students.compressed.experts import PROJECTIONS, compressed_experts
 
@@ -327,6 +329,29 @@ def test_layers_that_stand_for_no_module(layer, said):
         compressed_experts(fused(), CONFIG, layer)
 
 
-def test_pruning_by_the_weights_alone_is_refused():
-    with pytest.raises(ConfigError, match="no calibration text"):
-        kept_experts(ExpertStatistics.without_data(E), 2)
+def test_layers_that_stay_have_one_that_attends():
+    kinds = ["linear_attention"] * 3 + ["full_attention"] + ["linear_attention"] * 3 + ["full_attention"]
+    assert with_attention([0, 1, 2], kinds) == [1, 2, 3]
+    assert with_attention([0, 1, 2], kinds, [0.9, 0.1, 0.5, 0.2, 0, 0, 0, 0.3]) == [0, 2, 7]
+    assert with_attention([0, 3], kinds) == [0, 3]
+    assert with_attention([0, 1], None) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("section", "has_text", "found"),
+    [
+        ({"method": "auto", "keep": 0.9}, True, ["prune", "latent", "core_delta"]),
+        ({"method": "auto", "keep": 0.9}, False, ["latent", "core_delta"]),
+        ({"method": "auto", "keep": 0.1}, True, "keep 0.1 leaves auto no rank"),  # and one expert for a token's four
+        ({"method": "prune"}, False, "no calibration text"),
+        ({"method": "prune", "keep": 0.25}, True, "leaves 2 of 8 experts and a token takes 4. Keep at least 0.5"),
+    ],
+)
+def test_which_forms_a_layer_may_take(section, has_text, found):
+    config = AutoConfig.for_model("qwen3_moe", num_experts_per_tok=4)
+    made = CompressConfig.model_validate(section)
+    if isinstance(found, str):
+        with pytest.raises(ConfigError, match=found):
+            candidates(made, config, (8, 48, 24), has_text)
+    else:
+        assert [entry["method"] for entry in candidates(made, config, (8, 48, 24), has_text)] == found

@@ -5,13 +5,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from conftest import stopped_after, tiny_model
+from conftest import stopped_after, tiny_model, with_keys
 from limbeck import DistillationArguments, DistillationTrainer, LocalTeacher
 from limbeck.errors import ConfigError
 from limbeck.losses.objective import Context, Objectives
 from limbeck.losses.router import RouterTap, Routing
 from limbeck.losses.router_kd import router_divergence
 from limbeck.models import load_causal_lm
+from limbeck.pipeline import plan
 
 SIZES = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
@@ -99,6 +100,12 @@ def test_a_cached_teacher_has_no_routers(packed, tmp_path, recipe):
     with pytest.raises(ConfigError, match="a TeacherCache does not have them"):
         run(packed, tmp_path / "x", moe(), TeacherCache(tmp_path / "cache"),
             loss={"objectives": [{"name": "router_kd"}]})  # fmt: skip
+
+
+def test_a_run_with_cached_targets_refuses_it_before_the_cache_is_made(recipe):
+    changed = with_keys(recipe, loss={"objectives": [{"name": "router_kd"}]})
+    with pytest.raises(ConfigError, match="looks into the teacher, and its targets come from a cache"):
+        plan(changed)
 
 
 # -- what is logged -------------------------------------------------------------------------------------------------

@@ -14,6 +14,9 @@ from limbeck.config import Recipe, StudentConfig
 from limbeck.errors import ConfigError
 from limbeck.optim.hybrid import HybridOptimizer
 from limbeck.pipeline import run_pipeline
+from limbeck.students.build import build_student
+from limbeck.students.ternary import ternary_weights
+from limbeck.students.weights_file import rename_weights
 from limbeck.training.offload import ExpertOffload, expert_tensors
 from limbeck.training.phases import train_recipe
 from limbeck.training.run import _offload
@@ -75,7 +78,13 @@ def test_where_the_experts_are_changes_nothing(moe_recipe, tmp_path, keys, kind)
 
 def test_experts_gradients_and_state_are_files(tmp_path):
     model_folder = save_model(moe(), tmp_path / "start")
+    keep = tmp_path / "files" / "thesis.txt"
+    keep.parent.mkdir()
+    keep.write_text("somebody's")
+    dead = tmp_path / "files" / "limbeck-offload-999999999"
+    dead.mkdir()
     offload = ExpertOffload("disk", tmp_path / "files", "cpu")
+    assert not dead.exists()
     model = offload.build(StudentConfig(model=str(model_folder)), {"vocab_size": 4096}, 0)
     reference = moe()
     ids = torch.arange(24)[None] * 7 % 4096
@@ -89,16 +98,29 @@ def test_experts_gradients_and_state_are_files(tmp_path):
     reference(ids, labels=ids).loss.backward()
     optimizer.step()
     for name, parameter in held.items():
-        files = {path.name.removeprefix(f"{name}.") for path in (tmp_path / "files").glob(f"{name}.*")}
+        files = {path.name.removeprefix(f"{name}.") for path in offload.folder.glob(f"{name}.*")}
         assert files == {"weight", "grad", "exp_avg", "exp_avg_sq"}
-        on_disk = torch.from_file(str(tmp_path / "files" / f"{name}.grad"), size=parameter.numel(), dtype=torch.float32)
+        on_disk = torch.from_file(str(offload.folder / f"{name}.grad"), size=parameter.numel(), dtype=torch.float32)
         own = dict(reference.named_parameters())[name]
         torch.testing.assert_close(on_disk.reshape(own.shape), 2 * own.grad, rtol=1e-4, atol=1e-7)
-        weight = torch.from_file(str(tmp_path / "files" / f"{name}.weight"), size=own.numel(), dtype=torch.float32)
+        weight = torch.from_file(str(offload.folder / f"{name}.weight"), size=own.numel(), dtype=torch.float32)
         assert torch.equal(weight.reshape(own.shape), parameter)
         assert not torch.equal(parameter, own)
     offload.close()
-    assert not (tmp_path / "files").exists()
+    assert list((tmp_path / "files").iterdir()) == [keep]
+
+
+def test_a_ternary_start_stays_ternary(tmp_path):
+    given = {"model": str(save_model(moe(), tmp_path / "start")), "ternary": {"preset": "experts", "group_size": 32}}
+    student = build_student(StudentConfig.model_validate(given), {"vocab_size": 4096}, 0)
+    student.save_pretrained(tmp_path / "ternary")
+    start = StudentConfig(model=str(tmp_path / "ternary"))
+    rename_weights(tmp_path / "ternary")  # as training saves it
+    model = ExpertOffload("disk", tmp_path / "files", "cpu").build(start, {"vocab_size": 4096}, 0)
+    ids = torch.arange(24)[None] * 7 % 4096
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, student(ids).logits, rtol=0, atol=1e-5)
+    assert len(list(ternary_weights(model))) == 4
 
 
 def test_what_cannot_be_kept_elsewhere_is_refused(moe_recipe, tmp_path, monkeypatch):

@@ -89,7 +89,9 @@ def compress(recipe: Recipe, options: Options) -> Result:
         )
     if section.calibration_rows and "name" not in recipe.dataset.model_fields_set:
         warn("no --calibration: the weights alone decide; a text like the student's makes a better student")
-        section = section.model_copy(update={"calibration_rows": 0})
+        section = section.model_copy(
+            update={"calibration_rows": 0}
+        )  # `prune` is told what it lacks by the stage's check
         recipe = recipe.model_copy(update={"compress": section})
     return _pipeline(recipe, "compress", options)
 

@@ -236,7 +236,9 @@ def copy_beside(source: Path, partial: Path) -> None:
     for path in source.iterdir():
         kept = path.suffix in _BESIDE and not path.name.endswith((".index.json", "manifest.json"))
         if kept and not (partial / path.name).exists():
-            shutil.copy2(path, partial / path.name)
+            temporary = temporary_for(partial / path.name)
+            shutil.copy2(path, temporary)
+            commit_file(temporary, partial / path.name)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -83,7 +83,7 @@ class RoutedLayer:
 
     Args:
         layer: the decoder layer.
-        config: the model's.
+        config: that of the model around the layer.
         section: what is to be done.
         store: where what the experts get of the calibration text is kept, `[N, H]`; None: there is no text.
     """
@@ -118,32 +118,15 @@ class RoutedLayer:
             self.statistics.finish()
         x = self._inputs.sample(experts.down_proj, self._sizes[1])
         wanted = _routed(self.block.gate, experts, x)
-        before = sum(parameter.numel() for parameter in experts.parameters())
-        if self.section.method == "prune":
-            before += self.block.gate.weight.numel()
+        whole = sum(parameter.numel() for parameter in experts.parameters())
         found: SmallerLayer | None = None
-        for description in self._candidates():
+        for description in candidates(self.section, self.config, self._sizes, self.statistics.inputs is not None):
             tensors = self._tensors(description)
             error = self._error(description, tensors, x, wanted)
+            before = whole + (self.block.gate.weight.numel() if description["method"] == "prune" else 0)
             if found is None or error < found.error:
                 found = SmallerLayer(description, tensors, error, before)
         assert found is not None
-        return found
-
-    def _candidates(self) -> list[dict[str, Any]]:
-        section, (experts, hidden, inside) = self.section, self._sizes
-        found: list[dict[str, Any]] = []
-        if section.method == "prune" or (section.method == "auto" and self.statistics.scores is not None):
-            found.append({"method": "prune", "experts": pruned_count(self.config, section.share, experts)})
-        if section.method == "prune":
-            return found
-        methods = list(FACTORISATIONS) if section.method == "auto" else [str(section.method)]
-        for method in methods:
-            rank = section.rank
-            if rank is None:
-                rank = rank_for(method, section.share, experts, hidden, inside)
-            if rank or section.method != "auto":
-                found.append({"method": method, "rank": rank})
         return found
 
     def _tensors(self, description: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -173,19 +156,47 @@ class RoutedLayer:
         return _relative(_routed(gate, made, x), wanted)
 
 
-def pruned_count(config: Any, share: float, experts: int) -> int:
-    """How many experts stay: the share of them, but never fewer than one.
+def candidates(
+    section: CompressConfig, config: Any, sizes: tuple[int, int, int], has_text: bool
+) -> list[dict[str, Any]]:
+    """The forms that a layer's experts may take: one, or with `auto` all that keep the share.
+
+    Args:
+        section: what is to be done.
+        config: of a model with these experts.
+        sizes: E, H, and the width inside an expert.
+        has_text: there is calibration text.
 
     Raises:
-        ConfigError: that is fewer than a token takes.
+        ConfigError: none fits.
     """
-    count = max(1, round(share * experts))
-    if count < config.num_experts_per_tok:
+    experts, hidden, inside = sizes
+    count, least = max(1, round(section.share * experts)), int(config.num_experts_per_tok)
+    found: list[dict[str, Any]] = []
+    if section.method in ("prune", "auto") and has_text and count >= least:
+        found.append({"method": "prune", "experts": count})
+    for method in FACTORISATIONS:
+        if section.method not in (method, "auto"):
+            continue
+        rank = section.rank if section.rank is not None else rank_for(method, section.share, *sizes)
+        if rank or section.rank is not None:
+            found.append({"method": method, "rank": rank})
+    if found:
+        return found
+    if section.method == "prune" and not has_text:
         raise ConfigError(
-            f"compress.keep {share:g} leaves {count} of {experts} experts and a token takes "
-            f"{config.num_experts_per_tok}. Keep at least {config.num_experts_per_tok / experts:g}."
+            "compress.method is prune and there is no calibration text, which tells what an expert contributes. Give "
+            "--calibration (in a recipe compress.calibration_rows), or another method."
         )
-    return count
+    if section.method == "prune":
+        raise ConfigError(
+            f"compress.keep {section.share:g} leaves {count} of {experts} experts and a token takes {least}. Keep at "
+            f"least {least / experts:g}."
+        )
+    raise ConfigError(
+        f"compress.keep {section.share:g} leaves {section.method} no rank of at least 8 for {experts} experts of "
+        f"{inside} × {hidden}. Keep more, give compress.rank, or take another method."
+    )
 
 
 def _routed(gate: Any, experts: Any, x: Tensor) -> Tensor:

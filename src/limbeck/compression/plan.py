@@ -5,6 +5,7 @@ everybody loads; experts in another form are an architecture of ours (`compresse
 """
 
 import copy
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,9 @@ from typing import Any
 
 import torch
 
-from limbeck.compression.factors import rank_for
-from limbeck.compression.layers import pruned_count
-from limbeck.compression.pruning import evenly_spaced
+from limbeck.compression.layers import candidates
+from limbeck.compression.pruning import evenly_spaced, with_attention
+from limbeck.compression.reader import PER_LAYER
 from limbeck.config import ModelSource
 from limbeck.config.compress import CompressConfig
 from limbeck.errors import ConfigError
@@ -61,6 +62,11 @@ class CompressionPlan:
     def check(self) -> None:
         """Refuse what the architecture has not. Raises as `of`."""
         section, config = self.section, self.config
+        if getattr(config, "quantization_config", None) is not None:
+            raise ConfigError(
+                f"{self.name} is quantised, and what is compressed has to be plain weights. Name the model that it was "
+                "made from."
+            )
         kind = config.model_type
         known = MOE_BASES if section.method is not None else (*DENSE_BASES, *MOE_BASES)
         if kind not in known or (section.keep_ffn is not None and kind not in DENSE_BASES):
@@ -80,22 +86,16 @@ class CompressionPlan:
                 raise ConfigError(f"compress.{key} is {value} and {self.name} has {most}.")
         if section.method is None:
             return
-        experts, hidden, inside = self.sizes
+        _, hidden, inside = self.sizes
         if section.rank is not None:
             most = hidden if section.method == "latent" else min(hidden, inside)
-            if section.rank > most or (section.method == "latent" and section.rank == 0):
+            latent = section.method == "latent"
+            if section.rank > most or (latent and (section.rank == 0 or section.rank % 8)):
                 raise ConfigError(
                     f"compress.rank is {section.rank} and the matrices of {self.name} are {inside} × {hidden}; "
-                    f"{section.method} takes 1 to {most}."
+                    f"{section.method} takes {'multiples of 8 up to ' if latent else '0 to '}{most}."
                 )
-        elif section.method in ("latent", "shared_core", "core_delta"):
-            if not rank_for(section.method, section.share, experts, hidden, inside):
-                raise ConfigError(
-                    f"compress.keep {section.share:g} leaves {section.method} no rank of at least 8 for {experts} "
-                    f"experts of {inside} × {hidden}. Keep more, give compress.rank, or take another method."
-                )
-        else:
-            pruned_count(config, section.share, experts)
+        candidates(section, config, self.sizes, bool(section.calibration_rows))
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -114,7 +114,16 @@ class CompressionPlan:
         """Numbers of the layers that stay, where no text tells which."""
         count = int(self.config.num_hidden_layers)
         keep = self.section.keep_layers
-        return list(range(count)) if keep is None else evenly_spaced(count, keep)
+        if keep is None:
+            return list(range(count))
+        return with_attention(evenly_spaced(count, keep), getattr(self.config, "layer_types", None))
+
+    def outside(self, names: Sequence[str]) -> list[str]:
+        """Of the tensors that belong to no layer those that the model has; some checkpoints bring others."""
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+        ignored = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)]._keys_to_ignore_on_load_unexpected or []
+        return [name for name in names if not any(re.search(pattern, name) for pattern in ignored)]
 
     def embedding(self, names: Sequence[str]) -> str:
         """The name on disk of the embedding."""
@@ -148,7 +157,8 @@ def fetched_folder(folder: Path, name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
-    return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    others = ["consolidated*", "*/*"]  # the same weights in another layout
+    return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=others))
 
 
 def _mixtral(name: str, value: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
@@ -181,11 +191,8 @@ def planned_config(plan: CompressionPlan) -> Any:
         return None
     layers = plan.layers
     description: dict[str, Any] = {"method": "none"}
-    if section.method == "prune":
-        description = {"method": "prune", "experts": pruned_count(plan.config, section.share, plan.sizes[0])}
-    elif section.method is not None:
-        rank = section.rank if section.rank is not None else rank_for(section.method, section.share, *plan.sizes)
-        description = {"method": section.method, "rank": rank}
+    if section.method is not None:
+        (description,) = candidates(section, plan.config, plan.sizes, bool(section.calibration_rows))
     routed = [description if _is_routed(plan.config, number) else {"method": "none"} for number in layers]
     return changed_config(plan, layers, routed)
 
@@ -200,15 +207,17 @@ def changed_config(plan: CompressionPlan, layers: Sequence[int], described: Sequ
     """The model's config with fewer layers, narrower ones, fewer experts, or experts in another form."""
     config, section = copy.deepcopy(plan.config), plan.section
     config.num_hidden_layers = len(layers)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [plan.config.layer_types[number] for number in layers]
+    for key in PER_LAYER:
+        if getattr(config, key, None):
+            setattr(config, key, [getattr(plan.config, key)[number] for number in layers])
     if hasattr(config, "mlp_only_layers"):
         dense = [place for place, number in enumerate(layers) if not _is_routed(plan.config, number)]
         config.mlp_only_layers, config.decoder_sparse_step = dense, 1
     if section.keep_ffn is not None:
         config.intermediate_size = section.keep_ffn
-    if section.method == "prune":
-        set_experts(config, next(entry["experts"] for entry in described if entry["method"] == "prune"))
+    pruned = [entry["experts"] for entry in described if entry["method"] == "prune"]
+    if section.method == "prune" and pruned:
+        set_experts(config, pruned[0])
     if not plan.is_own:
         return config
     from limbeck.students.compressed.models import compressed_config, compressed_model

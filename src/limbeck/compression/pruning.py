@@ -6,27 +6,19 @@ closed form (the down projection behind fewer channels), it does.
 Shapes: E experts, H hidden width, I feed-forward width, F channels that are kept.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from limbeck.compression.statistics import ExpertStatistics
-from limbeck.errors import ConfigError
 
 Tensor = torch.Tensor
 
 
 def kept_experts(statistics: ExpertStatistics, count: int) -> Tensor:
-    """The numbers of the `count` experts that contribute most (REAP, arXiv 2510.13999), ascending.
-
-    Raises:
-        ConfigError: nothing was measured.
-    """
-    if statistics.scores is None:
-        raise ConfigError(
-            "compress.method is prune and there is no calibration text, which tells what an expert contributes. Give "
-            "--calibration, or another method."
-        )
+    """The numbers of the `count` experts that contribute most (REAP, arXiv 2510.13999), ascending."""
+    assert statistics.scores is not None
     return statistics.scores.argsort(descending=True, stable=True)[:count].sort().values
 
 
@@ -88,3 +80,20 @@ def kept_layers(changes: list[float], keep: int) -> list[int]:
     """
     order = sorted(range(len(changes)), key=lambda number: (-changes[number], number))
     return sorted(order[:keep])
+
+
+def with_attention(layers: list[int], kinds: Sequence[str] | None, changes: Sequence[float] | None = None) -> list[int]:
+    """The same layers with one of full attention among them: a model of delta nets alone cannot generate.
+
+    Args:
+        layers: numbers of those that stay.
+        kinds: the model's `layer_types`; None: all layers attend.
+        changes: what each layer changes, where it was measured; the one that goes changes least.
+    """
+    full = [number for number, kind in enumerate(kinds or []) if kind == "full_attention"]
+    if not full or set(full) & set(layers):
+        return layers
+    worth = changes or [0.0] * len(kinds or [])
+    goes = min(layers, key=lambda number: (worth[number], number))
+    comes = max(full, key=lambda number: (worth[number], -abs(number - goes)))
+    return sorted({*layers, comes} - {goes})

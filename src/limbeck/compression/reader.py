@@ -7,9 +7,8 @@ Shapes: B rows, T positions, H hidden width.
 """
 
 import copy
-import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,15 @@ import torch
 from torch import nn
 
 from limbeck.errors import LimbeckError
+from limbeck.models import is_constant
+from limbeck.storage import inside, read_json
 
 Tensor = torch.Tensor
 _LAYER = re.compile(r"^(?:model\.)?layers\.(\d+)\.(.+)$")
 #: One expert's matrix on disk, under any of its names.
 _EXPERT = re.compile(r"^mlp\.experts\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w3|w2)\.weight$")
+#: Lists of a config that have an entry for each layer.
+PER_LAYER = ("layer_types", "no_rope_layers")
 _PROJECTION = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
@@ -37,16 +40,11 @@ class CheckpointReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            where: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        else:
-            where = {name: path.name for path in sorted(folder.glob("*.safetensors")) for name in _names(path)}
-        if not where:
+        self._where = {name: file for name, file in _weight_map(folder).items() if not is_constant(name)}
+        if not self._where:
             raise LimbeckError(f"{folder} holds no .safetensors weights. Convert the checkpoint to safetensors first.")
-        self._where = where
         self._layers: dict[int, dict[str, str]] = {}
-        for name in where:
+        for name in self._where:
             found = _LAYER.match(name)
             if found is not None:
                 rest = found[2].replace("block_sparse_moe.", "mlp.")  # Mixtral's name on disk
@@ -61,12 +59,19 @@ class CheckpointReader:
         return self._layers.get(number, {})
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, mapped from its file."""
+        """One tensor, mapped from its file; a checkpoint of the body alone has it without `model.`.
+
+        Raises:
+            LimbeckError: it is not there, or its file cannot be read.
+        """
         from safetensors import SafetensorError, safe_open
 
+        stored = name if name in self._where else name.removeprefix("model.")
+        if stored not in self._where:
+            raise LimbeckError(f"{self.folder} has no tensor {name}. Get the whole checkpoint.")
         try:
-            with safe_open(self.folder / self._where[name], framework="pt") as file:
-                found: Tensor = file.get_tensor(name)
+            with safe_open(inside(self.folder, self._where[stored]), framework="pt") as file:
+                found: Tensor = file.get_tensor(stored)
                 return found
         except (OSError, SafetensorError) as error:
             raise LimbeckError(f"tensor {name} of {self.folder} cannot be read: {error}") from None
@@ -141,23 +146,38 @@ class CheckpointReader:
         return made
 
 
-def _names(path: Path) -> Iterator[str]:
-    from safetensors import safe_open
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Name of each tensor -> its file: by the index, of the file that transformers looks for, or of all there are."""
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        found = read_json(index)
+        where = found.get("weight_map") if isinstance(found, dict) else None
+        if not isinstance(where, dict):
+            raise LimbeckError(f"{index} has no weight_map. Get the whole checkpoint again.")
+        return {str(name): str(file) for name, file in where.items()}
+    one = [path for path in (folder / "model.safetensors", folder / "ternary.safetensors") if path.is_file()]
+    files = one[:1] or sorted(folder.glob("*.safetensors"))
+    return {name: path.name for path in files for name in _names(path)}
 
-    with safe_open(path, framework="pt") as file:
-        yield from file.keys()
+
+def _names(path: Path) -> list[str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise LimbeckError(f"{path} cannot be read: {error}") from None
 
 
 def layer_config(config: Any, number: int, *, routed: bool) -> Any:
     """The config of a model that has layer `number` alone, and a vocabulary of a few ids."""
     small = copy.deepcopy(config)
     small.num_hidden_layers, small.vocab_size, small.pad_token_id = 1, 8, None
-    if getattr(small, "layer_types", None):
-        small.layer_types = [config.layer_types[number]]
+    for key in PER_LAYER:
+        if getattr(small, key, None):
+            setattr(small, key, [getattr(config, key)[number]])
     if hasattr(small, "mlp_only_layers"):
         small.mlp_only_layers, small.decoder_sparse_step = ([] if routed else [0]), 1
-    if hasattr(small, "max_window_layers"):  # which layers slide is told by layer_types
-        small.max_window_layers = config.max_window_layers
     return small
 
 
@@ -182,9 +202,14 @@ class LayerModel:
         self.body.norm = self.body.embed_tokens = nn.Identity()
         self.layer: Any = self.body.layers[0]
         reader.fill(self.layer, number)
-        self.stored = next(self.layer.parameters()).dtype
+        self._stored = {name: parameter.dtype for name, parameter in self.layer.named_parameters()}
         self.layer.to(dtype)
         self.is_routed = routed
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The precision in the file of a tensor inside the layer, or of the experts that it stands for."""
+        found: torch.dtype = self._stored.get(name) or self._stored["mlp.experts.down_proj"]
+        return found
 
     @torch.no_grad()
     def __call__(self, hidden: Tensor, **inputs: Any) -> Tensor:

@@ -37,7 +37,7 @@ def refit_latent(experts: Any, gate: Any, inputs: Tensor, tensors: dict[str, Ten
         if not len(tokens):
             continue
         g = weights[tokens, place].float().unsqueeze(-1)
-        x = inputs[tokens].to(encoder.device).float()
+        x = inputs[tokens.to(inputs.device)].to(encoder.device).float()
         z = x @ encoder.mT
         whole, down = experts.gate_up_proj[number].float(), experts.down_proj[number].float()
         small = _fitted(z * g, (x @ whole.mT) * g, tensors["gate_up_proj"][number].float())
@@ -49,8 +49,8 @@ def refit_latent(experts: Any, gate: Any, inputs: Tensor, tensors: dict[str, Ten
 
 def _routing(gate: Any, inputs: Tensor) -> tuple[Tensor, Tensor]:
     """Experts `[N, K]` and their weights, a part of the tokens at a time."""
-    found = [gate(part.to(gate.weight)) for part in torch.split(inputs, 4096)]
-    return torch.cat([part[2] for part in found]), torch.cat([part[1] for part in found])
+    found = [gate(part.to(gate.weight))[1:3] for part in torch.split(inputs, 4096)]
+    return torch.cat([chosen for _, chosen in found]), torch.cat([weights for weights, _ in found])
 
 
 def _activated(experts: Any, gate_up: Tensor) -> Tensor:

@@ -12,6 +12,9 @@ last, so whatever is killed goes on at the layer in hand and ends with the same 
 Shapes: R rows, B rows at once, T positions, H hidden width.
 """
 
+import contextlib
+import ctypes
+import gc
 import shutil
 import time
 from collections.abc import Iterator
@@ -20,9 +23,9 @@ from typing import Any
 
 import torch
 
-from limbeck.compression.layers import DenseLayer, RoutedLayer, SmallerLayer
+from limbeck.compression.layers import DenseLayer, RoutedLayer
 from limbeck.compression.plan import CompressionPlan, written_config
-from limbeck.compression.pruning import kept_layers
+from limbeck.compression.pruning import kept_layers, with_attention
 from limbeck.compression.reader import CheckpointReader, LayerModel
 from limbeck.console import progress, say
 from limbeck.data.dataset import PackedDataset
@@ -108,6 +111,7 @@ class Compression:
             write_json(path, found)
             self._forget(f"change-{number:05d}.bin")
         kept = kept_layers(found, plan.section.keep_layers)
+        kept = with_attention(kept, getattr(plan.config, "layer_types", None), found)
         shown = ", ".join(f"{number}: {change:.3f}" for number, change in enumerate(found))
         say(f"layers change the hidden states by (1 − cos) {shown}; kept are {kept}")
         return kept
@@ -133,14 +137,17 @@ class Compression:
         store = None if self.rows is None else self._mapped(self._work / "inputs.bin", model).flatten(0, 1)
         part: RoutedLayer | DenseLayer
         if model.is_routed and section.method is not None:
-            part = RoutedLayer(model.layer, self.plan.config, section, store)
+            part = RoutedLayer(model.layer, model.body.config, section, store)
         else:
             part = DenseLayer(model.layer, section, store)
         if store is not None:
             self._pass(model, part, place)
-        smaller, stored = part.smaller(), model.stored
+            return_freed_memory()
+        smaller = part.smaller()
+        tensors = {name: value.to("cpu", model.stored_dtype(name)) for name, value in smaller.tensors.items()}
         del part, model  # the layer's memory is free before the smaller one is written
-        self._write(place, number, smaller, stored)
+        return_freed_memory()
+        self._write(place, number, tensors)
         record = CompressedLayer(
             layer=number,
             description=smaller.description,
@@ -217,16 +224,16 @@ class Compression:
 
     # -- files -----------------------------------------------------------------------------------------
 
-    def _write(self, place: int, number: int, smaller: SmallerLayer, dtype: torch.dtype) -> None:
+    def _write(self, place: int, number: int, smaller: dict[str, Tensor]) -> None:
         """The layer's shard: what is smaller, and everything else as it was."""
         tensors = {}
-        for name, value in smaller.tensors.items():
-            for key, part in self.plan.on_disk(name, value.to("cpu", dtype)):
+        for name, value in smaller.items():
+            for key, part in self.plan.on_disk(name, value):
                 tensors[f"model.layers.{place}.{key}"] = part.contiguous()
-        replaced = {name.rpartition(".")[0] if "experts." in name else name for name in smaller.tensors}
+        exchanged = any(name.startswith("mlp.experts.") for name in smaller)
         for inside, name in self.reader.names(number).items():
-            experts = inside.startswith("mlp.experts.") and any("experts" in key for key in replaced)
-            if not experts and inside not in smaller.tensors:
+            experts = exchanged and inside.startswith("mlp.experts.")
+            if not experts and inside not in smaller:
                 tensors[f"model.layers.{place}.{self.plan.unchanged(inside, name)}"] = self.reader.tensor(name)
         self._save(self._shard(place), tensors)
 
@@ -240,10 +247,11 @@ class Compression:
     def _finish(self, layers: list[int], records: list[CompressedLayer]) -> CompressedManifest:
         """What belongs to no layer, the config, the index, the tokenizer; and then the manifest."""
         folder = self.folder.path
-        for count, name in enumerate(self.reader.outside()):
+        for count, name in enumerate(self.plan.outside(self.reader.outside())):
             path = folder / f"outside-{count:05d}.safetensors"
+            whole = name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
             if not path.exists():
-                self._save(path, {name: self.reader.tensor(name)})
+                self._save(path, {whole: self.reader.tensor(name)})
         files = sorted([*folder.glob("layer-*.safetensors"), *folder.glob("outside-*.safetensors")])
         index, total = {}, 0
         for path in files:
@@ -252,14 +260,24 @@ class Compression:
         write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
         write_json(folder / "config.json", written_config(self.plan, layers, records))
         copy_beside(self.plan.source, folder)
-        shutil.rmtree(self._work)
-        return CompressedManifest(
+        for path in self._work.glob("*.bin"):  # the records stay until all is said
+            path.unlink()
+        manifest = CompressedManifest(
             fingerprint=self.folder.fingerprint,
             model=self.plan.name,
             layers=records,
             bytes=total,
             weights={path.name: sha256_file(path) for path in files},
         ).write(folder)
+        shutil.rmtree(self._work)
+        return manifest
+
+
+def return_freed_memory() -> None:
+    """Give the system back what has been freed: glibc keeps it, and a layer would seem to take what two did."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _tensor_sizes(path: Path) -> Iterator[tuple[str, int]]:

@@ -1,7 +1,7 @@
 """What a layer's experts see and do on calibration text, summed up while the text passes through.
 
-The one idea: every factorisation needs second moments only, so a layer is measured in one pass and nothing that grows
-with the text is kept. A pair of a token and an expert counts by the square of its routing weight, which is the share
+The one idea: second moments say what a factorisation needs, so a layer is measured in one pass, and what grows with the
+text stays in a file. A pair of a token and an expert counts by the square of its routing weight, which is the share
 that the expert's error has in the squared error of the layer's output.
 
     mass     [E]     p_e = Σ g²                       inputs   [H, H]  Σ x xᵀ over the tokens
@@ -61,11 +61,12 @@ class ExpertStatistics:
             `[N, H]`, as the experts' own forward gives it.
         """
         assert self.inputs is not None
-        assert self._norms is not None
-        assert self._counts is not None
+        assert self.inside is not None
+        assert self.outputs is not None
         kept = x[counted]
         self.inputs += _moment(kept)
         out = torch.zeros_like(x)
+        sums = (torch.zeros(self.inside.shape, device=x.device), torch.zeros(self.outputs.shape, device=x.device))
         for number in range(experts.num_experts):
             tokens, place = torch.where(chosen == number)
             if not len(tokens):
@@ -76,18 +77,19 @@ class ExpertStatistics:
             g = weights[tokens, place].unsqueeze(-1)
             out.index_add_(0, tokens, (given * g).to(out.dtype))
             told = counted[tokens]
-            self._add(number, inside[told], given[told], g[told].float())
+            self._add(number, inside[told], given[told], g[told].float(), sums)
+        self.inside += sums[0].double()
+        self.outputs += sums[1].double()
         return out
 
-    def _add(self, number: int, inside: Tensor, given: Tensor, g: Tensor) -> None:
-        assert self.inside is not None
-        assert self.outputs is not None
+    def _add(self, number: int, inside: Tensor, given: Tensor, g: Tensor, sums: tuple[Tensor, Tensor]) -> None:
+        """Add one expert's tokens; moments to the batch's sums in float32."""
         assert self._norms is not None
         assert self._counts is not None
         self.mass[number] += g.double().square().sum()
-        self.inside += _moment(inside.float() * g)
-        weighted = given.float() * g
-        self.outputs += _moment(weighted)
+        weighted, seen = given.float() * g, inside.float() * g
+        sums[0].addmm_(seen.mT, seen)
+        sums[1].addmm_(weighted.mT, weighted)
         self._norms[number] += weighted.norm(dim=-1).double().sum()
         self._counts[number] += len(g)
 

@@ -1,7 +1,7 @@
 """The section about compressing a teacher into the student's first weights."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -45,6 +45,11 @@ class CompressConfig(Section):
         if self.method in ("prune", "auto") and self.rank is not None:
             raise ValueError(f"compress.rank is {self.rank} and compress.method {self.method} goes by keep")
         return self
+
+    def effective(self) -> dict[str, Any]:
+        """What the result depends on beside the model and the text, however it was written."""
+        share = self.share if self.method is not None and self.rank is None else None
+        return {**self.model_dump(include={"method", "rank", "keep_layers", "keep_ffn"}), "keep": share}
 
     @property
     def share(self) -> float:

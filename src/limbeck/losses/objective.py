@@ -11,7 +11,7 @@ Shapes: B rows, T positions, D width, V vocabulary, E experts.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -101,8 +101,13 @@ RESERVED = ("tokens", "loss", "perplexity", "divergence", "grad_norm", "learning
 class Objective(torch.nn.Module):
     """One term of the loss; a module, so that it may own parameters, which are trained and saved with the student.
 
+    Attributes:
+        reads_teacher: it looks into the teacher's model, which has to be in this process.
+
     Register one with `@OBJECTIVES.register("name")` and name it in `loss.objectives`.
     """
+
+    reads_teacher: ClassVar[bool] = False
 
     @classmethod
     def create(cls, parameters: Mapping[str, Any], context: "Context") -> "Objective":

@@ -116,7 +116,7 @@ class RouterTap:
         self._records: list[tuple[torch.nn.Module, Tensor, tuple[Any, ...]]] | None = None
         self._sigmoid: bool | None = None
         self._top_k = _experts_per_token(model.config)
-        self.routers = _find_routers(model)
+        self.routers = find_routers(model)
         if not self.routers and any(name.rpartition(".")[2] == "experts" for name, _ in model.named_modules()):
             self.problem = f"{type(model).__name__} has experts and does not name its routers"
         for module, index in self.routers:
@@ -169,7 +169,7 @@ class RouterTap:
         return Routing(logits, chosen, bool(self._sigmoid))
 
 
-def _find_routers(model: Any) -> list[tuple[torch.nn.Module, int]]:
+def find_routers(model: Any) -> list[tuple[torch.nn.Module, int]]:
     """The router modules, each once, with the place of the logits in their outputs."""
     found: dict[torch.nn.Module, int] = {}
     for owner in model.modules():

@@ -15,7 +15,7 @@ import torch
 
 from limbeck.errors import ConfigError
 from limbeck.losses.objective import Batch, Context, Metrics, Objective, Outputs
-from limbeck.losses.router import RouterTap, Routing
+from limbeck.losses.router import Routing, find_routers
 from limbeck.registry import OBJECTIVES
 
 Tensor = torch.Tensor
@@ -24,6 +24,8 @@ Tensor = torch.Tensor
 @OBJECTIVES.register("router_kd")
 class RouterKD(Objective):
     """KL from the teacher's routing to the student's; `loss.objectives: [{name: router_kd, weight: 0.1}]`."""
+
+    reads_teacher = True
 
     @classmethod
     def create(cls, parameters: Mapping[str, Any], context: Context) -> "RouterKD":
@@ -70,5 +72,5 @@ def router_divergence(wanted: Sequence[Routing], found: Sequence[Routing], valid
 
 
 def _experts_by_layer(model: Any) -> list[int]:
-    found: list[Any] = [module for module, _ in RouterTap(model).routers]
+    found: list[Any] = [module for module, _ in find_routers(model)]
     return [int(module.weight.shape[0]) for module in found]

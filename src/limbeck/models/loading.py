@@ -175,6 +175,11 @@ def load_frozen(source: ModelSource, dtype: str = "auto", device: str | None = N
 _CONSTANTS = re.compile(r"\.(masked_bias|rotary_emb\.inv_freq|position_ids)$|(^|\.)decoder\.version$")
 
 
+def is_constant(name: str) -> bool:
+    """True for what older versions of models kept beside their weights and models make themselves."""
+    return _CONSTANTS.search(name) is not None
+
+
 def require_whole(what: str, report: Mapping[str, Collection[Any]], model: Any) -> None:
     """Refuse weights that are not exactly those the model has: transformers would leave the others random.
 
@@ -194,7 +199,7 @@ def require_whole(what: str, report: Mapping[str, Collection[Any]], model: Any) 
                        ("unexpected_keys", "not of this model")):  # fmt: skip
         names = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in report.get(key, ()))
         if key == "unexpected_keys":  # a checkpoint may leave out the name of the base model
-            names = [name for name in names if not _CONSTANTS.search(name)]
+            names = [name for name in names if not is_constant(name)]
             names = [name for name in names if not any(buffer.endswith(f".{name}") for buffer in buffers)]
         if names:
             shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

@@ -5,10 +5,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from limbeck.config import Recipe
+from limbeck.data.tokenizer import recipe_tokenizer
 from limbeck.errors import ConfigError
 from limbeck.folders import StageFolder
 from limbeck.manifests import CompressedManifest, PackedManifest
-from limbeck.models import model_identity
+from limbeck.models import model_identity, require_context
 from limbeck.registry import STAGES
 from limbeck.stages.base import Stage
 
@@ -43,23 +44,39 @@ class CompressStage(Stage):
         """The model, what is done with it, and the rows."""
         recipe, section, source = self.recipe, self.recipe.compress, self.recipe.compress_source
         assert section is not None
-        packed = PackedManifest.read(recipe.packed_dir).fingerprint if section.calibration_rows else None
-        return {
-            "model": model_identity(source.name, source.revision),
-            "compress": section.model_dump(mode="json", exclude={"model", "output_dir"}),
-            "packed": packed,
-            "attention": recipe.dataset.attention if section.calibration_rows else None,
-        }
+        inputs = {"model": model_identity(source.name, source.revision), "compress": section.effective()}
+        if not section.calibration_rows:
+            return inputs
+        packed = PackedManifest.read(recipe.packed_dir)
+        rows = min(section.calibration_rows, packed.splits["train"].rows)
+        text = {"packed": packed.fingerprint, "rows": rows, "attention": recipe.dataset.attention}
+        return {**inputs, "calibration": text}
 
     def check(self) -> None:
-        """The model's architecture can be compressed in that way."""
+        """The model's architecture can be compressed in that way, and can be measured on the rows."""
         source = self.recipe.compress_source
         if source.trust_remote_code:
             raise ConfigError(
                 f"teacher.trust_remote_code is true and compress takes architectures of transformers alone. "
                 f"Leave it out if transformers knows that of {source.name}."
             )
-        self._plan.check()
+        config, dataset = self._plan.config, self.recipe.dataset
+        if not self.recipe.compress or not self.recipe.compress.calibration_rows:
+            return
+        require_context(config, dataset.max_length, "model that is compressed", "less calibration text")
+        kinds = set(getattr(config, "layer_types", None) or [])
+        if dataset.attention == "per_document" and "linear_attention" in kinds:
+            raise ConfigError(
+                f"dataset.attention is per_document and {source.name} has linear attention, which carries one document "
+                "into the next. Set dataset.attention: packed."
+            )
+        if self.recipe.tokenizer.train_vocab_size is None:
+            size = recipe_tokenizer(self.recipe).model_keys["vocab_size"]
+            if size > config.get_text_config().vocab_size:
+                raise ConfigError(
+                    f"the rows have ids of {size:,} tokens and {source.name} knows {config.vocab_size:,}. Compress a "
+                    "model of the tokenizer's vocabulary."
+                )
 
     def needs(self) -> str:
         """The model, the method, and the text."""

@@ -132,6 +132,8 @@ class LocalTeacher(Teacher):
         Raises:
             ConfigError: there are none, or they cannot be read.
         """
+        if self._tap is not None:
+            return
         tap = RouterTap(self.model)
         with tap.recording():
             verified_transform(self.model)  # a few tokens pass

@@ -10,6 +10,7 @@ from limbeck.errors import ConfigError, LimbeckError, MismatchError
 from limbeck.models import require_causal, require_packing
 from limbeck.optim.groups import build_groups
 from limbeck.optim.schedules import schedule_arguments
+from limbeck.registry import OBJECTIVES
 from limbeck.students.build import build_student
 from limbeck.students.outline import outline_of
 from limbeck.teachers.base import Teacher
@@ -53,6 +54,7 @@ def check_student(recipe: Recipe) -> None:
         MismatchError: pretrained weights have another vocabulary than the data.
     """
     section = recipe.student
+    _require_teacher_at_hand(recipe)
     student, tokenizer = planned_student(recipe)
     if tokenizer is not None and section.source is not None:
         _require_vocabulary(section.source, tokenizer)
@@ -67,6 +69,18 @@ def check_student(recipe: Recipe) -> None:
         require_causal(made, "student")
         if recipe.dataset.attention == "per_document":
             require_packing(made, "student")
+
+
+def _require_teacher_at_hand(recipe: Recipe) -> None:
+    """Refuse objectives that look into the teacher where its targets come from elsewhere."""
+    teacher = recipe.teacher
+    for entry in recipe.loss.objectives if recipe.distils else ():
+        if OBJECTIVES.get(entry.name).reads_teacher and (teacher.reads_cache or teacher.is_remote):
+            where = "from a cache" if teacher.reads_cache else "over HTTP"
+            raise ConfigError(
+                f"loss.objectives names {entry.name}, which looks into the teacher, and its targets come {where}. Run "
+                "it in this process: teacher.model with teacher.use_cached_logits: false."
+            )
 
 
 def check_lengths(recipe: Recipe, steps: int) -> None:

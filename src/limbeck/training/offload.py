@@ -6,11 +6,13 @@ is in use); a layer's forward moves its own to the device, and with gradient che
 Gradients go back where the weights are, and the optimizer works there, one tensor after another. Nothing else of the
 training knows.
 
-    OFFLOAD/NAME.weight  NAME.grad  NAME.exp_avg …       for the time of the training; checkpoints hold everything
+    OFFLOAD_DIR/limbeck-offload-PID/NAME.weight  NAME.grad  NAME.exp_avg …     while it trains; checkpoints hold all
 
 Shapes: E experts; all tensors are those of the model.
 """
 
+import contextlib
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -26,10 +28,13 @@ from limbeck.console import say
 from limbeck.errors import ConfigError
 from limbeck.models import choose_device, model_config, resolve_model
 from limbeck.optim.state import STATE_HOME
+from limbeck.registration import METHOD
 from limbeck.students.build import build_student, finish_student, require_vocabulary
-from limbeck.students.ternary import use_own_experts
+from limbeck.students.quantizer import TernaryQuantizationConfig
+from limbeck.students.ternary import apply_ternary, use_own_experts
 
 Tensor = torch.Tensor
+_OWN = "limbeck-offload-"  # and the number of the process
 _SHARD = "2GB"  # of a checkpoint, so that writing one holds no more
 
 
@@ -49,18 +54,20 @@ class ExpertOffload:
 
     Args:
         kind: cpu or disk.
-        folder: for the files of `disk`; emptied first.
+        folder: for the files of `disk`, which lie in a folder of this process's own inside it.
         device: that everything else is on.
     """
 
     def __init__(self, kind: str, folder: Path, device: str | None = None) -> None:
-        self.kind, self.folder = kind, folder
+        self.kind = kind
         self.device = torch.device(choose_device(device))
         self._gradients: dict[str, Tensor] = {}
         self._names: set[str] = set()
         if kind == "disk":
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            _remove_those_of_the_dead(folder)
+            self.folder = folder / f"{_OWN}{os.getpid()}"
+            self.folder.mkdir()
 
     def empty(self, name: str, like: Tensor) -> Tensor:
         """A tensor of the same shape in float32, all zeros on disk, for whatever `name` calls it."""
@@ -115,6 +122,9 @@ class ExpertOffload:
         require_vocabulary(section, model, keys["vocab_size"])
         folder = fetched_folder(Path(resolve_model(section.source.name)), section.source.name, section.revision)
         self.fill(model, folder)
+        held = getattr(config, "quantization_config", None)
+        if held is not None:
+            _make_as_saved(model, held, section.source.name)
         finish_student(model, section)
         return model
 
@@ -194,9 +204,32 @@ class ExpertOffload:
         return found
 
     def close(self) -> None:
-        """Remove the files."""
+        """Remove the files, and their place where nothing else is in it."""
         if self.kind == "disk":
             shutil.rmtree(self.folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                self.folder.parent.rmdir()
+
+
+def _remove_those_of_the_dead(place: Path) -> None:
+    """Files that a killed process left; they hold nothing that a checkpoint does not."""
+    import psutil
+
+    for folder in place.glob(f"{_OWN}*"):
+        owner = folder.name.removeprefix(_OWN)
+        if owner.isdecimal() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _make_as_saved(model: Any, held: Any, name: str) -> None:
+    """Weights that were ternary in use when they were saved are so again."""
+    settings = TernaryQuantizationConfig.from_dict(held if isinstance(held, dict) else held.to_dict())
+    if settings.quant_method != METHOD or settings.format != "shadow":
+        raise ConfigError(
+            f"training.offload_experts reads weights as they are, and those of {name} are quantised. Start from a "
+            "checkpoint of its training."
+        )
+    apply_ternary(model, settings.weights, settings.state)
 
 
 def _in_shards(save: Callable[..., Any]) -> Callable[..., Any]:

@@ -204,7 +204,7 @@ def _offload(recipe: Recipe, folder: Path) -> ExpertOffload | None:
             f"training.offload_experts is {training.offload_experts} and there are {ranks.world_size()} ranks; it is "
             "for one process. Shard over ranks instead: fsdp_offload_params: true in recipes/accelerate/fsdp2-*.yaml."
         )
-    place = training.offload_dir or folder.parent / f".{folder.name}-offload"
+    place = training.offload_dir or folder.parent / ".offload"
     return ExpertOffload(training.offload_experts, place, training.device)
 
 

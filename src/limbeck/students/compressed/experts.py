@@ -61,8 +61,8 @@ class Pairs:
 
     def product(self, x: Tensor, weights: Tensor) -> Tensor:
         """x `[S, C]` by each pair's own of the weights `[E, R, C]`: `[S, R]`."""
-        fits = x.dtype != torch.float64 and weights.shape[-1] % 8 == 0 and weights.shape[-2] % 8 == 0
-        if fits:
+        sizes = weights.shape[-1] % 8 == 0 and weights.shape[-2] % 8 == 0
+        if sizes and _has_grouped_products(x):
             offsets = self._counts.cumsum(dim=0).to(torch.int32)
             return nn.functional.grouped_mm(x, weights.to(x.dtype).mT, offs=offsets)
         parts = torch.split(x, self._counts.tolist())
@@ -75,6 +75,13 @@ class Pairs:
         whole = y[placed].reshape(*self._shape, -1)
         summed: Tensor = (whole * weights.unsqueeze(-1).to(y.dtype)).sum(dim=1)
         return summed
+
+
+def _has_grouped_products(x: Tensor) -> bool:
+    """True where torch multiplies groups of rows like x at once."""
+    if x.dtype == torch.float64 or (torch.compiler.is_compiling() and x.dtype != torch.bfloat16):
+        return False
+    return x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 class ExpertFactors(OwnModule):
