@@ -12,6 +12,7 @@ and by how much each expert is used (p_e), so a truncated eigen- or singular-val
 Shapes: E experts, H hidden width, I width inside an expert, R rank; a matrix W is `[out, in]`.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -90,20 +91,41 @@ def _whitening_of(name: str, experts: Any, statistics: ExpertStatistics) -> tupl
 
 def core_delta(experts: Any, statistics: ExpertStatistics, rank: int) -> dict[str, Tensor]:
     """Weights of `CoreDeltaExperts` by name, in the precision of the experts."""
+
+    def factors(weight: Tensor, core: Tensor, root: Tensor, inverse: Tensor) -> tuple[Tensor, ...]:
+        u, v = _truncated((weight - core) @ root, rank)
+        return _balanced(u, v @ inverse)
+
+    return _around_cores(experts, statistics, ("u", "v") if rank else (), factors)
+
+
+def shared_core(experts: Any, statistics: ExpertStatistics, rank: int) -> dict[str, Tensor]:
+    """Weights of `SharedCoreExperts` by name, in the precision of the experts."""
+
+    def factors(weight: Tensor, core: Tensor, root: Tensor, inverse: Tensor) -> tuple[Tensor, ...]:
+        return _wrappers(weight, core, root, inverse, rank)
+
+    return _around_cores(experts, statistics, ("out_u", "out_v", "in_u", "in_v") if rank else (), factors)
+
+
+def _around_cores(
+    experts: Any, statistics: ExpertStatistics, parts: Sequence[str], factors_of: Callable[..., tuple[Tensor, ...]]
+) -> dict[str, Tensor]:
+    """The mean of the experts for each projection, and each expert's factors around it, by name."""
     found: dict[str, Tensor] = {}
     dtype = experts.down_proj.dtype
     for name in PROJECTIONS:
         core = _mean(experts, statistics, name)
         found[f"shared_core.{name}.weight"] = core.to(dtype)
-        if not rank:
+        if not parts:
             continue
         root, inverse = _whitening_of(name, experts, statistics)
         factors = []
         for number in range(len(experts.down_proj)):
-            u, v = _truncated((_projection(experts, name, number) - core) @ root, rank)
-            factors.append([factor.to(dtype) for factor in _balanced(u, v @ inverse)])
-        found[f"wrapper.{name}_u"] = torch.stack([u for u, _ in factors])
-        found[f"wrapper.{name}_v"] = torch.stack([v for _, v in factors])
+            made = factors_of(_projection(experts, name, number), core, root, inverse)
+            factors.append([factor.to(dtype) for factor in made])
+        for place, part in enumerate(parts):
+            found[f"wrapper.{name}_{part}"] = torch.stack([held[place] for held in factors])
     return found
 
 
@@ -125,25 +147,6 @@ def _balanced(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """The same product with columns of U and rows of V of one norm, so that one learning rate fits both."""
     scale = (v.norm(dim=1) / u.norm(dim=0).clamp_min(1e-30)).clamp_min(1e-30).sqrt()
     return u * scale, v / scale.unsqueeze(1)
-
-
-def shared_core(experts: Any, statistics: ExpertStatistics, rank: int) -> dict[str, Tensor]:
-    """Weights of `SharedCoreExperts` by name, in the precision of the experts."""
-    found: dict[str, Tensor] = {}
-    dtype = experts.down_proj.dtype
-    for name in PROJECTIONS:
-        core = _mean(experts, statistics, name)
-        found[f"shared_core.{name}.weight"] = core.to(dtype)
-        if not rank:
-            continue
-        root, inverse = _whitening_of(name, experts, statistics)
-        wrappers = []
-        for number in range(len(experts.down_proj)):
-            factors = _wrappers(_projection(experts, name, number), core, root, inverse, rank)
-            wrappers.append([factor.to(dtype) for factor in factors])
-        for place, part in enumerate(("out_u", "out_v", "in_u", "in_v")):
-            found[f"wrapper.{name}_{part}"] = torch.stack([factors[place] for factors in wrappers])
-    return found
 
 
 def _wrappers(weight: Tensor, core: Tensor, root: Tensor, inverse: Tensor, rank: int) -> tuple[Tensor, ...]:

@@ -8,16 +8,12 @@ import copy
 from functools import cache
 from typing import Any
 
-from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import AutoModelForCausalLM
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from limbeck.errors import ConfigError
-from limbeck.registration import AUTO, COMPRESSED_PREFIX
+from limbeck.registration import COMPRESSED_PREFIX
 from limbeck.students.compressed.experts import check_layer, compressed_experts, set_experts
-from limbeck.students.mixing import OwnInit, retype_body
+from limbeck.students.mixing import OwnInit, derived_config, derived_model, retype_body
 
 
 class Compressed(OwnInit):
@@ -31,20 +27,9 @@ class Compressed(OwnInit):
 @cache
 def compressed_config(base: str) -> Any:
     """The config class of `compressed_BASE`."""
-    parent: Any = CONFIG_MAPPING[base]
-    made: Any = type(
-        f"Compressed{parent.__name__}",
-        (parent,),
-        {
-            "model_type": COMPRESSED_PREFIX + base,
-            "expert_layers": None,
-            "__module__": AUTO,
-            "__annotations__": {"expert_layers": list | None},
-            "__doc__": f"{parent.__name__} whose experts are held as `expert_layers` says, layer by layer.",
-            "validate_expert_layers": _validate_layers,
-        },
-    )
-    return strict(made)
+    fields = {"expert_layers": (list | None, None)}
+    doc = "whose experts are held as `expert_layers` says, layer by layer."
+    return derived_config(COMPRESSED_PREFIX + base, base, "Compressed", fields, _validate_layers, doc)
 
 
 def _validate_layers(config: Any) -> None:
@@ -63,12 +48,8 @@ def _validate_layers(config: Any) -> None:
 
 @cache
 def compressed_model(base: str) -> Any:
-    """The causal LM class of `compressed_BASE`, known to `AutoModelForCausalLM`."""
-    config = compressed_config(base)
-    parent: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[base]]
-    made = type(f"Compressed{parent.__name__}", (Compressed, parent), {"config_class": config, "__module__": AUTO})
-    AutoModelForCausalLM.register(config, made, exist_ok=True)
-    return made
+    """The causal LM class of `compressed_BASE`."""
+    return derived_model(compressed_config(base), base, "Compressed", Compressed)
 
 
 def routed_block(layer: Any) -> Any | None:

@@ -12,16 +12,14 @@ from functools import cache
 from typing import Any
 
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from limbeck.errors import ConfigError
-from limbeck.registration import AUTO, MHC_BASES, MHC_PREFIX
+from limbeck.registration import MHC_BASES, MHC_PREFIX
 from limbeck.students.mhc.connection import FORMS, MOST_STREAMS, HyperConnection
-from limbeck.students.mixing import OwnInit, mixed_class, retype_body
+from limbeck.students.mixing import OwnInit, derived_config, derived_model, mixed_class, retype_body
 
 Tensor = torch.Tensor
 
@@ -63,22 +61,9 @@ class Streamed(OwnInit):
 @cache
 def streamed_config(base: str) -> Any:
     """The config class of `mhc_BASE`."""
-    parent: Any = CONFIG_MAPPING[base]
-    name = f"MHC{parent.__name__}"
-    made: Any = type(
-        name,
-        (parent,),
-        {
-            "model_type": MHC_PREFIX + base,
-            "mhc_streams": 2,
-            "mhc_form": "dynamic",
-            "__module__": AUTO,
-            "__annotations__": {"mhc_streams": int, "mhc_form": str},
-            "__doc__": f"{parent.__name__} with N = `mhc_streams` residual streams, mixed in `mhc_form`.",
-            "validate_streams": _validate_streams,
-        },
-    )
-    return strict(made)
+    fields = {"mhc_streams": (int, 2), "mhc_form": (str, "dynamic")}
+    doc = "with N = `mhc_streams` residual streams, mixed in `mhc_form`."
+    return derived_config(MHC_PREFIX + base, base, "MHC", fields, _validate_streams, doc)
 
 
 def _validate_streams(config: Any) -> None:
@@ -90,12 +75,8 @@ def _validate_streams(config: Any) -> None:
 
 @cache
 def streamed_model(base: str) -> Any:
-    """The causal LM class of `mhc_BASE`, known to `AutoModelForCausalLM`."""
-    config = streamed_config(base)
-    parent: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[base]]
-    made = type(f"MHC{parent.__name__}", (Streamed, parent), {"config_class": config, "__module__": AUTO})
-    AutoModelForCausalLM.register(config, made, exist_ok=True)
-    return made
+    """The causal LM class of `mhc_BASE`."""
+    return derived_model(streamed_config(base), base, "MHC", Streamed)
 
 
 def connect_streams(model: Any) -> None:
