@@ -36,9 +36,9 @@ CASES = {
     "core_delta": {"method": "core_delta", "keep": 0.5},
     "prune": {"method": "prune", "keep": 0.5},
 }
-#: A synthetic model's layer: 32 experts of 256 in 512; and a larger one.
-LAYER = {"model_type": "qwen3_moe", "hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2,
-         "head_dim": 64, "num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 256,
+#: A synthetic model's layer: 16 experts of 128 in 256; and a larger one, of 64 experts of 512 in 1,024.
+LAYER = {"model_type": "qwen3_moe", "hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "head_dim": 64, "num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 128,
          "decoder_sparse_step": 1, "vocab_size": 1024, "tie_word_embeddings": True}  # fmt: skip
 LARGE = {**LAYER, "hidden_size": 1024, "moe_intermediate_size": 512, "num_experts": 64}
 

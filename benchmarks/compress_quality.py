@@ -54,7 +54,8 @@ def distilled(student, teacher, packed: Path, attention: str, steps: int, seed: 
 def cases(given) -> list[tuple[str, float]]:
     if given.ternary:
         return [("dense", 1.0), ("ternary at once", 1.0), ("ternary little by little", 1.0)]
-    return [(name, keep) for keep in (0.5, 0.25) for name in METHODS if name != "mean" or keep == 0.5]
+    methods = given.methods.split(",")
+    return [(name, keep) for keep in (0.5, 0.25) for name in methods if name != "mean" or keep == 0.5]
 
 
 def student_of(case: str, keep: float, source: str, rows, attention: str, folder: Path, seed: int, steps: int):
@@ -96,6 +97,7 @@ def main() -> int:
     parser.add_argument("--model", default="tiny-moe")
     parser.add_argument("--packed", type=Path)
     parser.add_argument("--attention", default="per_document")
+    parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ternary", action="store_true")

@@ -234,7 +234,8 @@ class Compression:
         for inside, name in self.reader.names(number).items():
             experts = exchanged and inside.startswith("mlp.experts.")
             if not experts and inside not in smaller:
-                tensors[f"model.layers.{place}.{self.plan.unchanged(inside, name)}"] = self.reader.tensor(name)
+                kept = self.reader.tensor(name).clone()  # each that is mapped would map its whole file
+                tensors[f"model.layers.{place}.{self.plan.unchanged(inside, name)}"] = kept
         self._save(self._shard(place), tensors)
 
     def _save(self, path: Path, tensors: dict[str, Tensor]) -> None:
