@@ -27,6 +27,10 @@ from limbeck.students.compressed.experts import set_experts
 #: Decoders without routed experts whose layers and widths can be cut.
 DENSE_BASES = ("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3")
 
+#: What an architecture calls its block of experts and an expert's gate, up and down projection on disk.
+_USUAL_NAMES = ("mlp.", "gate_proj", "up_proj", "down_proj")
+_OTHER_NAMES = {"mixtral": ("block_sparse_moe.", "w1", "w3", "w2")}
+
 
 @dataclass(frozen=True)
 class CompressionPlan:
@@ -131,19 +135,21 @@ class CompressionPlan:
 
     def on_disk(self, name: str, value: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         """A smaller tensor under the names that the result's architecture has on disk."""
-        fused = self.section.method == "prune" and name.startswith("mlp.experts.")
-        if self.config.model_type == "mixtral" and self.section.method == "prune":
-            yield from _mixtral(name, value)
-        elif not fused:
+        if self.section.method != "prune":
             yield name, value
-        else:
-            half = value.shape[1] // 2
-            for number, matrix in enumerate(value):
-                if name.endswith("down_proj"):
-                    yield f"mlp.experts.{number}.down_proj.weight", matrix
-                else:
-                    yield f"mlp.experts.{number}.gate_proj.weight", matrix[:half]
-                    yield f"mlp.experts.{number}.up_proj.weight", matrix[half:]
+            return
+        block, gate, up, down = _OTHER_NAMES.get(self.config.model_type, _USUAL_NAMES)
+        if not name.startswith("mlp.experts."):
+            yield name.replace("mlp.", block), value
+            return
+        half = value.shape[1] // 2
+        for number, matrix in enumerate(value):
+            stem = f"{block}experts.{number}."
+            if name.endswith("down_proj"):
+                yield f"{stem}{down}.weight", matrix
+            else:
+                yield f"{stem}{gate}.weight", matrix[:half]
+                yield f"{stem}{up}.weight", matrix[half:]
 
     def unchanged(self, inside: str, name: str) -> str:
         """A tensor that stays: its runtime name in an architecture of ours, else the one it had on disk."""
@@ -159,21 +165,6 @@ def fetched_folder(folder: Path, name: str, revision: str | None) -> Path:
     patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
     others = ["consolidated*", "*/*"]  # the same weights in another layout
     return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=others))
-
-
-def _mixtral(name: str, value: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """Mixtral's own names."""
-    stem = "block_sparse_moe."
-    half = value.shape[1] // 2
-    if not name.startswith("mlp.experts."):
-        yield name.replace("mlp.", stem), value
-        return
-    for number, matrix in enumerate(value):
-        if name.endswith("down_proj"):
-            yield f"{stem}experts.{number}.w2.weight", matrix
-        else:
-            yield f"{stem}experts.{number}.w1.weight", matrix[:half]
-            yield f"{stem}experts.{number}.w3.weight", matrix[half:]
 
 
 def written_config(plan: CompressionPlan, layers: Sequence[int], records: Sequence[CompressedLayer]) -> dict[str, Any]:
