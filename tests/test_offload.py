@@ -110,6 +110,22 @@ def test_experts_gradients_and_state_are_files(tmp_path):
     assert list((tmp_path / "files").iterdir()) == [keep]
 
 
+def test_stages_never_hold_the_whole_student(moe_recipe, tmp_path, monkeypatch):
+    """Not when the stages are checked, not when a stage starts from the one before it."""
+    run_pipeline(moe_recipe, "cache")
+    tree = moe_recipe.model_dump(exclude_unset=True)
+    tree["training"] = {**tree["training"], "offload_experts": "disk", "output_dir": None}
+    del tree["training"]["max_steps"]
+    stages = [{"stage_name": name, "max_steps": 2} for name in ("one", "two")]
+    recipe = Recipe.model_validate({**tree, "stages": {"enabled": True, "configs": stages}})
+
+    def whole(*args, **kwargs):
+        raise AssertionError("all weights at once")
+
+    monkeypatch.setattr("limbeck.students.build.load_causal_lm", whole)
+    assert run_pipeline(recipe, "train").stages[-1].state == "done"
+
+
 def test_a_ternary_start_stays_ternary(tmp_path):
     given = {"model": str(save_model(moe(), tmp_path / "start")), "ternary": {"preset": "experts", "group_size": 32}}
     student = build_student(StudentConfig.model_validate(given), {"vocab_size": 4096}, 0)

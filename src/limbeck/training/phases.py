@@ -21,6 +21,7 @@ from limbeck.folders import MANIFEST, StageFolder
 from limbeck.manifests import StudentManifest
 from limbeck.models import model_identity
 from limbeck.storage import fingerprint
+from limbeck.training.check import planned_student
 from limbeck.training.checkpoints import BEST, publish_model
 from limbeck.training.run import check_plan, new_student, train_inputs, train_one, training_rows
 from limbeck.training.settle import settled
@@ -79,6 +80,8 @@ def _check(recipe: Recipe) -> None:
     student = None
     for phase, own in recipe.stage_recipes():
         rows = training_rows(own)
+        if student is None and own.training.offload_experts is not None:  # it may not fit: names and shapes are enough
+            student, _ = planned_student(own)
         student = student or new_student(own.student, tokenizer, own.dataset.attention, own.seed)
         try:
             check_plan(settled(own), student, rows)
