@@ -6,15 +6,20 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: quickstart test test-all verify lint mutants bench clean
+NATIVE := $(shell find src/native -name '*.[chi]*') CMakeLists.txt
 
-quickstart: $(VENV)/.core
+.PHONY: quickstart kernels test test-all verify lint mutants bench wheel sanitize clean
+
+quickstart: $(VENV)/.core kernels
 	$(BIN)/limbeck run recipes/quickstart.yaml
 
-test: lint
+# The C++ extension, into src/. Without a compiler this says so, and NumPy does what it can.
+kernels: $(VENV)/.kernels
+
+test: lint kernels
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-all: lint
+test-all: lint kernels
 	$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.dev
@@ -56,6 +61,11 @@ $(VENV)/.core: $(VENV)/.venv pyproject.toml constraints.txt
 $(VENV)/.dev: $(VENV)/.venv pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@ $(VENV)/.core
+
+$(VENV)/.kernels: $(VENV)/.venv $(NATIVE)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt cmake nanobind ninja
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/build_kernels.py
+	touch $@
 
 $(VENV)/.bench: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"

@@ -1,0 +1,49 @@
+"""Products with ternary and block-quantised weights: our C++ kernels, or NumPy where they were not built.
+
+    pool = Pool(threads=2)
+    weights = Weights("tq2_0", blocks, pool)     # a GGUF tensor's blocks `[matrices, rows, bytes]`
+    y = weights.multiply(x, pool)                # `[tokens, columns]` to `[tokens, rows]`, activations in int8
+
+The one idea: both implementations have the same names and the same arithmetic (`reference` is the definition, `_native`
+the fast one), so what holds for one is tested against the other; `native()` says which one is there.
+
+Shapes: M matrices (experts), R rows, C columns, T tokens.
+"""
+
+from types import ModuleType
+from typing import Any
+
+from limbeck.console import warn
+
+_found: list[Any] = []  # the implementation, once it was looked for
+
+
+def native() -> ModuleType | None:
+    """The C++ module; None where it was not built."""
+    try:
+        from limbeck.kernels import _native
+    except ImportError:
+        return None
+    return _native
+
+
+def implementation() -> Any:
+    """The C++ module, or the NumPy one with a warning."""
+    if not _found:
+        found = native()
+        if found is None:
+            from limbeck.kernels import reference as found
+
+            warn(
+                "limbeck's C++ kernels are not built, NumPy does their work, slowly. Install a C++17 compiler and "
+                "CMake and install limbeck again (`make kernels` in a checkout)."
+            )
+        _found.append(found)
+    return _found[0]
+
+
+def __getattr__(name: str) -> Any:
+    """Pool, Weights, pack, unpack, quantise and level of whichever implementation there is."""
+    if name in ("Pool", "Weights", "pack", "unpack", "quantise", "level"):
+        return getattr(implementation(), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

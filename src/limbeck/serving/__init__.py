@@ -1,0 +1,1 @@
+"""Models in GGUF that run on the CPU: the engine, its tokenizer, sampling, speculative decoding."""

@@ -1,0 +1,167 @@
+#include "decoder.hpp"
+
+#include <algorithm>
+
+namespace limbeck {
+
+struct Decoder::Buffers {
+    Buffers(const Decoder& model, Frame& frame, size_t tokens, int threads) {
+        const size_t width = model.shape_.width;
+        hidden = frame.take<float>(tokens * width);
+        written = frame.take<float>(tokens * width);
+        unsigned forms = 0;
+        size_t most = 0;
+        for (const Branch& branch : model.branches_) {
+            forms |= branch.sublayer->forms();
+            most = std::max(most, branch.sublayer->memory(tokens, threads));
+        }
+        normed = Rows(frame, tokens, width, forms);
+        last = Rows(frame, tokens, width, model.head().form());
+        for (const auto& rope : model.ropes_) rotations.push_back(frame.take<float>(tokens * rope->dimensions()));
+        work = frame.take<uint8_t>(most);
+    }
+    float *hidden, *written;
+    Rows normed, last;
+    std::vector<float*> rotations;
+    uint8_t* work;
+};
+
+Decoder::Decoder(Weights& weights, const std::string& architecture, const DecoderShape& shape) : shape_(shape) {
+    info.architecture = architecture;
+    info.vocabulary = shape.vocabulary;
+    info.width = shape.width;
+    info.layers = shape.layers;
+    info.context = weights.file().whole(architecture + ".context_length", 0);
+    for (const auto& [name, tensor] : weights.file().tensors()) {
+        (void)name;
+        uint64_t count = 1;
+        for (uint64_t size : tensor.shape) count *= size;
+        info.parameters += count;
+    }
+    last_norm_ = weights.vector("output_norm.weight", shape.width);
+    if (weights.has("output.weight")) {
+        head_ = weights.matrix("output.weight", shape.vocabulary, shape.width);
+        rows_ = Weights::Table(weights, "token_embd.weight", shape.vocabulary, shape.width);
+    } else {
+        table_ = weights.matrix("token_embd.weight", shape.vocabulary, shape.width);
+    }
+}
+
+void Decoder::add(std::vector<float> before, std::unique_ptr<Sublayer> sublayer, std::vector<float> after) {
+    branches_.push_back({std::move(before), std::move(after), std::move(sublayer)});
+}
+
+States Decoder::new_states() const {
+    States states;
+    for (const Branch& branch : branches_) states.push_back(branch.sublayer->state());
+    return states;
+}
+
+size_t Decoder::memory(size_t tokens, int threads) const {
+    Frame counting;
+    Buffers(*this, counting, tokens, threads);
+    return counting.used();
+}
+
+size_t Decoder::weight_bytes_a_token() const {
+    size_t bytes = head().bytes();
+    for (const Branch& branch : branches_) bytes += branch.sublayer->weight_bytes(true);
+    return bytes;
+}
+
+void Decoder::embed(size_t token, float* to) const {
+    if (head_.empty())
+        table_.row(0, token, to);
+    else
+        rows_.row(token, to);
+    if (shape_.embedding_scale == 1) return;
+    for (size_t i = 0; i < shape_.width; ++i) to[i] *= shape_.embedding_scale;
+}
+
+void Decoder::run(Worker& worker, Step& step, uint8_t* memory, const std::vector<size_t>& rows, float* logits) const {
+    const Kernels& k = kernels();
+    Frame frame(memory);
+    const Buffers buffers(*this, frame, step.tokens, worker.count());
+    const size_t width = shape_.width;
+    const auto [first, last] = worker.part(step.tokens);
+    if (worker.index() == 0) step.rotations.assign(buffers.rotations.begin(), buffers.rotations.end());
+    for (size_t token = first; token < last; ++token) {
+        embed(size_t(step.ids[token]), buffers.hidden + token * width);
+        for (size_t r = 0; r < ropes_.size(); ++r) {
+            ropes_[r]->angles(step.positions[token], buffers.rotations[r] + token * ropes_[r]->dimensions());
+        }
+    }
+    for (size_t number = 0; number < branches_.size(); ++number) {
+        const Branch& branch = branches_[number];
+        for (size_t token = first; token < last; ++token) {
+            const float* hidden = buffers.hidden + token * width;
+            if (branch.before.empty())
+                std::copy(hidden, hidden + width, buffers.normed.row(token));
+            else
+                k.rms_norm(hidden, branch.before.data(), shape_.eps, buffers.normed.row(token), width);
+            buffers.normed.finish(token);
+        }
+        worker.barrier();
+        branch.sublayer->run(worker, step, number, Frame(buffers.work), buffers.normed, buffers.written);
+        for (size_t token = first; token < last; ++token) {
+            float* written = buffers.written + token * width;
+            if (!branch.after.empty()) k.rms_norm(written, branch.after.data(), shape_.eps, written, width);
+            k.add_scaled(buffers.hidden + token * width, written, shape_.residual_scale, width);
+        }
+    }
+    worker.barrier();
+    const auto [first_row, last_row] = worker.part(rows.size());
+    for (size_t i = first_row; i < last_row; ++i) {
+        k.rms_norm(buffers.hidden + rows[i] * width, last_norm_.data(), shape_.eps, buffers.last.row(i), width);
+        buffers.last.finish(i);
+    }
+    worker.barrier();
+    multiply(worker, {Product(head(), 0, buffers.last, Tokens{rows.size()}, logits, shape_.vocabulary)});
+    worker.barrier();
+    if (shape_.logit_scale == 1) return;
+    for (size_t i = first_row * shape_.vocabulary; i < last_row * shape_.vocabulary; ++i)
+        logits[i] *= shape_.logit_scale;
+    worker.barrier();
+}
+
+CommonShape common_shape(Weights& weights, const std::string& architecture) {
+    const GgufFile& file = weights.file();
+    const std::string key = architecture + ".";
+    CommonShape shape;
+    const TensorInfo* table = file.find("token_embd.weight");
+    if (table == nullptr || table->shape.size() != 2)
+        throw FileError(file.path() + " has no tensor token_embd.weight, which its architecture needs.");
+    shape.decoder.width = file.whole(key + "embedding_length");
+    shape.decoder.vocabulary = table->shape[1];
+    shape.decoder.layers = file.whole(key + "block_count");
+    shape.decoder.eps = float(file.real(key + "attention.layer_norm_rms_epsilon", 1e-6));
+    shape.heads = file.whole(key + "attention.head_count");
+    shape.kv_heads = file.whole(key + "attention.head_count_kv", shape.heads);
+    const size_t width = shape.decoder.width;
+    // Sizes that no tensor of this file could have would only overflow later.
+    const size_t most = file.mapped().size() * 8;
+    if (shape.heads == 0 || shape.kv_heads == 0 || shape.heads % shape.kv_heads != 0 || shape.heads > most ||
+        width == 0 || width > most) {
+        throw FileError(file.path() + " has " + std::to_string(shape.heads) + " attention heads over " +
+                        std::to_string(shape.kv_heads) + " for keys, and a width of " + std::to_string(width) +
+                        "; these do not go together.");
+    }
+    shape.head_width = file.whole(key + "attention.key_length", width / shape.heads);
+    const size_t value_width = file.whole(key + "attention.value_length", shape.head_width);
+    if (shape.head_width == 0 || shape.head_width % 2 != 0 || shape.head_width != value_width ||
+        shape.head_width > 1024) {
+        throw FileError(file.path() + " has keys of " + std::to_string(shape.head_width) + " and values of " +
+                        std::to_string(value_width) + "; heads of one even width up to 1024 are read here.");
+    }
+    shape.inside = file.whole(key + "feed_forward_length", 0);
+    if (shape.inside > most)
+        throw FileError(file.path() + " has feed_forward_length " + std::to_string(shape.inside) +
+                        ", more than the file holds.");
+    if (shape.decoder.layers == 0 || shape.decoder.layers > file.tensors().size()) {
+        throw FileError(file.path() + " has block_count " + std::to_string(shape.decoder.layers) + " and " +
+                        std::to_string(file.tensors().size()) + " tensors.");
+    }
+    return shape;
+}
+
+}  // namespace limbeck
