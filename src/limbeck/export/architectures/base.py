@@ -7,7 +7,7 @@ Shapes: H heads, D head width, R rows, C columns, E experts.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -43,12 +43,18 @@ class Architecture:
 
     Attributes:
         name: GGUF's name of it.
+        fixed: settings that llama.cpp has in one value alone.
+        heads_fill_width: whether llama.cpp wants the heads together to be as wide as the hidden states.
+        windows_by_layer: whether the config names the layers that have a sliding window, or all have one.
 
     Raises:
         LimbeckError: GGUF cannot express a setting of the config.
     """
 
     name: ClassVar[str]
+    fixed: ClassVar[Mapping[str, Any]] = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
+    heads_fill_width: ClassVar[bool] = False
+    windows_by_layer: ClassVar[bool] = True
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -61,11 +67,34 @@ class Architecture:
             raise LimbeckError(
                 f"RoPE of type {rope['rope_type']} can not be exported to GGUF; default, linear and yarn can."
             )
-        for key, plain in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
-            if getattr(config, key, plain) != plain:
-                raise LimbeckError(f"{key} is {getattr(config, key)} and GGUF's {config.model_type} has {plain}.")
-        if getattr(config, "use_sliding_window", False):
-            raise LimbeckError("sliding-window attention can not be exported to GGUF for this architecture.")
+        factor = rope.get("partial_rotary_factor", 1.0)
+        if rope.get("rope_type", "default") != "default" and self.rotated != int(self.head_width * factor):
+            raise LimbeckError(
+                f"partial_rotary_factor is {factor} and llama.cpp's {self.name} rotates whole heads. Set it to 1 in "
+                "the student."
+            )
+        for key, only in self.fixed.items():
+            found = getattr(config, key, only)
+            if found is not None and found != only:
+                raise LimbeckError(f"{key} is {found} and GGUF's {config.model_type} has {only}.")
+        heads = config.num_attention_heads
+        if self.heads_fill_width and heads * self.head_width != config.hidden_size:
+            raise LimbeckError(
+                f"{heads} heads of head_dim {self.head_width} are {heads * self.head_width} wide and hidden_size is "
+                f"{config.hidden_size}; llama.cpp's {self.name} wants both equal. Leave head_dim out of the student."
+            )
+        self.check_window()
+
+    def check_window(self) -> None:
+        """Refuse a sliding window that is narrower than the context: most architectures attend to everything there."""
+        config, window = self.config, getattr(self.config, "sliding_window", None)
+        kinds = (getattr(config, "layer_types", None) or []) if self.windows_by_layer else ["sliding_attention"]
+        context = config.max_position_embeddings
+        if window is not None and window < context and "sliding_attention" in kinds:
+            raise LimbeckError(
+                f"sliding_window is {window} and the context {context}; llama.cpp's {self.name} attends to everything. "
+                "Set sliding_window: null in the student."
+            )
 
     def targets(self, name: str) -> Sequence[Target]:
         """The GGUF tensors that a runtime tensor becomes; none for one that the file does not need.
@@ -159,6 +188,22 @@ class Architecture:
         writer.add_rope_scaling_attn_factors(float(attention) / (1.0 + 0.1 * math.log(float(rope["factor"]))))
         writer.add_rope_scaling_yarn_beta_fast(float(rope.get("beta_fast") or 32.0))
         writer.add_rope_scaling_yarn_beta_slow(float(rope.get("beta_slow") or 1.0))
+
+
+class PartlyRotated(Architecture):
+    """An architecture that may rotate only the first dimensions of a head."""
+
+    @property
+    def rotated(self) -> int:
+        """The share that `partial_rotary_factor` says."""
+        width = self.head_width
+        rotated = int(width * self.rope.get("partial_rotary_factor", 1.0))
+        if rotated % 2:
+            raise LimbeckError(
+                f"partial_rotary_factor rotates {rotated} of {width} dimensions of a head, and llama.cpp rotates "
+                "pairs. Choose a factor that gives an even number."
+            )
+        return rotated
 
 
 class WithExperts(Architecture):

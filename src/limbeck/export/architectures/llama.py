@@ -1,6 +1,7 @@
 """Llama and what is like it: llama.cpp rotates neighbouring pairs where transformers rotates halves."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -29,15 +30,46 @@ class Llama(Architecture):
 class Mistral(Llama):
     """Mistral without a sliding window: llama.cpp runs it as a Llama."""
 
+    windows_by_layer = False
+
+
+@ARCHITECTURES.register("smollm3")
+class SmolLM3(Llama):
+    """SmolLM 3, which rotates nothing in every fourth layer."""
+
+    name = "smollm3"
+
     def check(self) -> None:
-        """Every position is attended to."""
+        """The layers without rotation are those that llama.cpp knows."""
         super().check()
-        window = getattr(self.config, "sliding_window", None)
-        if window is not None and window < self.config.max_position_embeddings:
+        layers = self.config.num_hidden_layers
+        found = [bool(rotates) for rotates in self.config.no_rope_layers[:layers]]
+        if found != [number % 4 != 0 for number in range(1, layers + 1)]:
             raise LimbeckError(
-                f"sliding_window is {window} and the context {self.config.max_position_embeddings}; GGUF's llama "
-                "attends to everything. Set sliding_window: null in the student."
+                f"no_rope_layers is {self.config.no_rope_layers} and llama.cpp's smollm3 leaves RoPE out in every "
+                "fourth layer. Leave no_rope_layers out of the student, with no_rope_layer_interval: 4."
             )
+
+
+@ARCHITECTURES.register("granite")
+class Granite(Llama):
+    """Granite 3, dense: a Llama with four multipliers."""
+
+    name = "granite"
+
+    def add_numbers(self, writer: Any) -> None:
+        """The multipliers; llama.cpp takes 0 for one that is not there."""
+        super().add_numbers(writer)
+        for key, add in (
+            ("embedding_multiplier", writer.add_embedding_scale),
+            ("residual_multiplier", writer.add_residual_scale),
+            ("attention_multiplier", writer.add_attention_scale),
+            ("logits_scaling", writer.add_logit_scale),
+        ):
+            value = float(getattr(self.config, key))
+            if not value:
+                raise LimbeckError(f"{key} is 0, which llama.cpp takes for none. Give another one in the student.")
+            add(value)
 
 
 def _interleaved(heads: int) -> Rows:

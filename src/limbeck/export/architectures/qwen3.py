@@ -9,6 +9,7 @@ class Qwen2(Architecture):
     """Qwen 2 and 2.5, whose queries, keys and values have biases."""
 
     name = "qwen2"
+    heads_fill_width = True
 
 
 @ARCHITECTURES.register("qwen3")

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 
 from limbeck.errors import LimbeckError
-from limbeck.export.architectures.base import Target, WithExperts
+from limbeck.export.architectures.base import PartlyRotated, Target, WithExperts
 from limbeck.registry import ARCHITECTURES
 
 
 @ARCHITECTURES.register("qwen3_next")
-class Qwen3Next(WithExperts):
+class Qwen3Next(PartlyRotated, WithExperts):
     """Qwen3-Next."""
 
     name = "qwen3next"
@@ -48,18 +48,6 @@ class Qwen3Next(WithExperts):
     def stays_float32(self, name: str, shape: Sequence[int]) -> bool:
         """Convolutions and the shared expert's gate too."""
         return "conv1d" in name or "shared_expert_gate" in name or super().stays_float32(name, shape)
-
-    @property
-    def rotated(self) -> int:
-        """Only a part of a head is rotated."""
-        width = self.head_width
-        rotated = int(width * self.rope.get("partial_rotary_factor", 1.0))
-        if rotated % 2:
-            raise LimbeckError(
-                f"partial_rotary_factor rotates {rotated} of {width} dimensions of a head, and llama.cpp rotates "
-                "pairs. Choose a factor that gives an even number."
-            )
-        return rotated
 
     def add_numbers(self, writer: Any) -> None:
         """The shared expert, the delta nets, and how often full attention comes."""
