@@ -1,19 +1,12 @@
 """GGUF files against the models they came from, by forward passes that read nothing but the file.
 
-The passes follow llama.cpp's graphs of llama, qwen3, qwen3moe and qwen3next: its names, shapes and types of
-tensors, its numbers and their defaults, its RoPE and its gated delta rule. No code of the exporter is shared:
-files are read and decoded by the gguf package, and Q2_0, which gguf 0.19 does not know, by its layout here.
-The reference is transformers' own model, loaded from the folder that was exported.
-
-Shapes: T tokens, H heads, K key heads, D head width.
+The passes (`llama_graphs.py`) are llama.cpp's; the reference is transformers' own model, loaded from the folder that
+was exported. `e2e/test_llama_cpp.py` holds the same files against llama.cpp itself.
 """
 
-import copy
 import math
 from types import SimpleNamespace
 
-import gguf
-import numpy as np
 import pytest
 import torch
 
@@ -21,17 +14,17 @@ from conftest import save_model, tiny_model
 from limbeck.config import TernaryConfig
 from limbeck.errors import LimbeckError
 from limbeck.export.gguf import GGUFExport
+from limbeck.export.verify import weights_equal
 from limbeck.models import load_causal_lm
 from limbeck.students.build import make_ternary
+from llama_graphs import TYPES, File, file_logits
 
-Q2_0 = 42
 FILE_TYPES = {"f16": 1, "q4_0": 2, "tq1_0": 36, "tq2_0": 37, "q2_0": 41}
-TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "tq1_0": 34, "tq2_0": 35, "q2_0": Q2_0}
 TOLERANCE = 3e-4  # of the logits' standard deviation; float32 in transformers differs from float64 here by less
 IDS = torch.tensor([17, 901, 3, 2044, 3999, 512, 17, 260, 88, 1500, 3, 2718])
 
 # Widths of the dense models differ, so that no tensor can stand in another's place; heads are not hidden_size / heads
-# wide, but in llama-linear.
+# wide, but in llama-linear and where llama.cpp wants them so.
 DENSE = {
     "hidden_size": 96, "intermediate_size": 144, "num_hidden_layers": 2, "num_attention_heads": 6,
     "num_key_value_heads": 2, "head_dim": 40, "max_position_embeddings": 320, "rms_norm_eps": 0.03,
@@ -47,6 +40,25 @@ DELTA_NET = {
     "linear_key_head_dim": 28, "linear_value_head_dim": 28, "linear_conv_kernel_dim": 3,
     "rope_parameters": {"rope_type": "default", "rope_theta": 700.0, "partial_rotary_factor": 0.4},
 }  # fmt: skip
+LINEAR = {"rope_type": "linear", "rope_theta": 700.0, "factor": 3.0}
+FILLED = {key: value for key, value in DENSE.items() if key != "head_dim"} | {"pad_token_id": None}
+GEMMA3 = {
+    **DENSE, "model_type": "gemma3_text", "num_hidden_layers": 3, "pad_token_id": None, "sliding_window": 4,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "query_pre_attn_scalar": 23,
+    "rope_parameters": {
+        "full_attention": LINEAR,
+        "sliding_attention": {"rope_type": "default", "rope_theta": 90.0},
+    },
+}  # fmt: skip
+PHI3 = {
+    **FILLED, "model_type": "phi3", "tie_word_embeddings": False,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 700.0, "partial_rotary_factor": 0.5},
+}  # fmt: skip
+SMOLLM3 = {**DENSE, "model_type": "smollm3", "num_hidden_layers": 5, "pad_token_id": None}
+GRANITE = {
+    **DENSE, "model_type": "granite", "embedding_multiplier": 1.5, "residual_multiplier": 0.75,
+    "attention_multiplier": 0.1, "logits_scaling": 1.25,
+}  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 700.0, "factor": 4.0, "original_max_position_embeddings": 80}
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "head_dim": 64}
 WIDE_EXPERTS = {**EXPERTS, "num_experts": 4, "moe_intermediate_size": 256}
@@ -54,7 +66,7 @@ CASES = {
     "llama": {**DENSE, "model_type": "llama", "tie_word_embeddings": False},
     "llama-linear": {
         **DENSE, "model_type": "llama", "head_dim": None,
-        "rope_parameters": {"rope_type": "linear", "rope_theta": 700.0, "factor": 3.0},
+        "rope_parameters": LINEAR,
     },
     "qwen3": {**DENSE, "model_type": "qwen3"},
     "qwen3-yarn": {**DENSE, "model_type": "qwen3", "tie_word_embeddings": False, "rope_parameters": YARN},
@@ -67,6 +79,16 @@ CASES = {
     },
     "qwen3moe": {**DENSE, **EXPERTS, "model_type": "qwen3_moe", "tie_word_embeddings": False},
     "qwen3next": {**DENSE, **EXPERTS, **DELTA_NET, "tie_word_embeddings": False},
+    "qwen2": {**FILLED, "model_type": "qwen2"},
+    "llama-mistral": {**DENSE, "model_type": "mistral", "sliding_window": 320},
+    "gemma3": {**GEMMA3, "final_logit_softcapping": 30.0},
+    "gemma3-full": {**GEMMA3, "layer_types": ["full_attention"] * 3},
+    "phi3": PHI3,
+    "smollm3": SMOLLM3,
+    "smollm3-yarn": {**SMOLLM3, "tie_word_embeddings": False, "rope_parameters": YARN},
+    "olmo2": {**FILLED, "model_type": "olmo2"},
+    "olmo2-apart": {**FILLED, "model_type": "olmo2", "tie_word_embeddings": False},
+    "granite": GRANITE,
 }  # fmt: skip
 TERNARY_CASES = {
     "llama": {**DENSE, **WIDE, "model_type": "llama"},
@@ -78,212 +100,12 @@ TERNARY_CASES = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 700.0, "partial_rotary_factor": 0.25},
     },
 }  # fmt: skip
+for case in ("llama-mistral", "gemma3", "smollm3", "granite"):
+    TERNARY_CASES[case] = {**CASES[case], **WIDE}
+for case in ("qwen2", "phi3", "olmo2"):
+    TERNARY_CASES[case] = {**CASES[case], **{key: value for key, value in WIDE.items() if key != "head_dim"}}
 TERNARY_FILES = [(case, kind) for case in TERNARY_CASES for kind in ("tq2_0", "q2_0", "q4_0", "f16")]
 TERNARY_FILES.append(("qwen3moe", "tq1_0"))
-
-
-# What the file holds.
-
-
-class File:
-    """Numbers and tensors of a GGUF file, and which of its tensors were asked for."""
-
-    def __init__(self, path):
-        with pytest.MonkeyPatch.context() as patch:
-            if Q2_0 not in set(gguf.GGMLQuantizationType):
-                number = int.__new__(gguf.GGMLQuantizationType, Q2_0)
-                number._name_, number._value_ = "Q2_0", Q2_0
-                patch.setattr(gguf.GGMLQuantizationType, "_missing_", lambda value: number if value == Q2_0 else None)
-            patch.setitem(gguf.GGML_QUANT_SIZES, Q2_0, (64, 18))
-            reader = gguf.GGUFReader(path)
-        self.architecture = reader.fields["general.architecture"].contents()
-        self.file_type = reader.fields["general.file_type"].contents()
-        self.tokens = len(reader.fields["tokenizer.ggml.tokens"].data)
-        prefix = f"{self.architecture}."
-        self.numbers = {
-            key.removeprefix(prefix): field.contents() for key, field in reader.fields.items() if key.startswith(prefix)
-        }
-        self.types = {tensor.name: int(tensor.tensor_type) for tensor in reader.tensors}
-        self.values = {tensor.name: decoded(tensor) for tensor in reader.tensors}
-        self.asked = set()
-
-    def number(self, key, default=None):
-        """A number of the architecture; one without a default has to be there."""
-        return self.numbers[key] if default is None else self.numbers.get(key, default)
-
-    def tensor(self, name, *shape):
-        """A tensor, in the shape that llama.cpp makes it with; vectors, routers and convolutions are float32."""
-        self.asked.add(name)
-        assert tuple(self.values[name].shape) == shape, name
-        exact = len(shape) == 1 or "ffn_gate_inp" in name or "conv1d" in name
-        assert self.types[name] == TYPES["f32"] or not exact, name
-        return self.values[name]
-
-    def changed(self, values=None, numbers=None):
-        """The same file with other tensors or numbers in it."""
-        other = copy.copy(self)
-        other.values, other.numbers = {**self.values, **(values or {})}, {**self.numbers, **(numbers or {})}
-        return other
-
-
-def decoded(tensor):
-    """Values of a stored tensor in float64."""
-    shape = [int(size) for size in reversed(tensor.shape)]
-    if int(tensor.tensor_type) != Q2_0:
-        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        return torch.from_numpy(np.array(values, dtype=np.float64)).reshape(shape)
-    blocks = np.asarray(tensor.data).reshape(-1, 18)
-    d = blocks[:, :2].copy().view("<f2").astype(np.float64)
-    codes = np.zeros((len(blocks), 64))
-    for weight in range(64):
-        codes[:, weight] = (blocks[:, 2 + weight // 4] >> (2 * (weight % 4))) & 3
-    return torch.from_numpy((codes - 1) * d).reshape(shape)
-
-
-# llama.cpp's graphs.
-
-
-def file_logits(file, ids):
-    """Logits `[T, vocabulary]` of one sequence, from a file alone."""
-    width, vocabulary, eps = file.number("embedding_length"), file.tokens, eps_of(file)
-    second_norm = "post_attention_norm" if file.architecture == "qwen3next" else "ffn_norm"
-    x = file.tensor("token_embd.weight", vocabulary, width)[ids]
-    for layer in range(file.number("block_count")):
-
-        def weight(name, *shape, blk=f"blk.{layer}."):
-            return file.tensor(blk + name, *shape)
-
-        recurrent = file.architecture == "qwen3next" and (layer + 1) % file.number("full_attention_interval", 4) != 0
-        mix = delta_net if recurrent else attention
-        x = x + mix(file, weight, rms_norm(x, weight("attn_norm.weight", width), eps))
-        feed = experts if file.architecture in ("qwen3moe", "qwen3next") else dense
-        x = x + feed(file, weight, rms_norm(x, weight(f"{second_norm}.weight", width), eps))
-    x = rms_norm(x, file.tensor("output_norm.weight", width), eps)
-    head = "output.weight" if "output.weight" in file.values else "token_embd.weight"
-    return x @ file.tensor(head, vocabulary, width).T
-
-
-def eps_of(file):
-    return file.number("attention.layer_norm_rms_epsilon")
-
-
-def rms_norm(x, factors, eps):
-    return x / (x.square().mean(dim=-1, keepdim=True) + eps).sqrt() * factors
-
-
-def silu(x):
-    return x * x.sigmoid()
-
-
-def attention(file, weight, x):
-    """Causal attention with grouped keys and values; qwen3next's q holds, head by head, a query and a gate."""
-    width, heads, groups = x.shape[-1], file.number("attention.head_count"), file.number("attention.head_count_kv")
-    size = file.number("attention.key_length", width // heads)
-    assert file.number("attention.value_length", width // heads) == size
-    gated = file.architecture == "qwen3next"
-    parts = 2 if gated else 1
-    q = (x @ weight("attn_q.weight", heads * size * parts, width).T).reshape(-1, heads, size * parts)
-    k = (x @ weight("attn_k.weight", groups * size, width).T).reshape(-1, groups, size)
-    v = (x @ weight("attn_v.weight", groups * size, width).T).reshape(-1, groups, size)
-    q, gate = q[..., :size], q[..., size:]
-    if file.architecture != "llama":
-        q = rms_norm(q, weight("attn_q_norm.weight", size), eps_of(file))
-        k = rms_norm(k, weight("attn_k_norm.weight", size), eps_of(file))
-    q, k = rope(file, q), rope(file, k)
-    mixed = torch.empty_like(q)
-    for head in range(heads):
-        group = head // (heads // groups)
-        scores = q[:, head] @ k[:, group].T / math.sqrt(size)
-        future = torch.ones_like(scores).triu(1).bool()
-        mixed[:, head] = scores.masked_fill(future, -math.inf).softmax(dim=-1) @ v[:, group]
-    if gated:
-        mixed = mixed * gate.sigmoid()
-    return mixed.reshape(len(x), -1) @ weight("attn_output.weight", width, heads * size).T
-
-
-def rope(file, x):
-    """Rotated `[T, H, D]`: neighbours are a pair in llama (NORM), i and i + n/2 in the others (NEOX)."""
-    size = x.shape[-1]
-    count = file.number("rope.dimension_count", size)
-    assert count == size or (file.architecture == "qwen3next" and count % 2 == 0)
-    base = file.number("rope.freq_base", 10000.0)
-    kind, factor = file.number("rope.scaling.type", "none"), file.number("rope.scaling.factor", 1.0)
-    scale = 1.0
-    if kind == "yarn":
-        scale = (1 + 0.1 * math.log(factor)) * file.number("rope.scaling.attn_factor", 1.0)
-        trained = file.number("rope.scaling.original_context_length", file.number("context_length"))
-        turns = file.number("rope.scaling.yarn_beta_fast", 32.0), file.number("rope.scaling.yarn_beta_slow", 1.0)
-        fast, slow = (count * math.log(trained / (turn * 2 * math.pi)) / (2 * math.log(base)) for turn in turns)
-        low, high = max(0, math.floor(fast)), min(count - 1, math.ceil(slow))
-    result = x.clone()
-    for pair in range(count // 2):
-        plain = torch.arange(len(x), dtype=torch.float64)[:, None] * base ** (-2 * pair / count)
-        if kind == "yarn":
-            kept = 1 - min(1, max(0, (pair - low) / max(0.001, high - low)))
-            angle = plain / factor * (1 - kept) + plain * kept
-        else:
-            angle = plain / factor if kind == "linear" else plain
-        one, two = (2 * pair, 2 * pair + 1) if file.architecture == "llama" else (pair, pair + count // 2)
-        result[..., one] = (x[..., one] * angle.cos() - x[..., two] * angle.sin()) * scale
-        result[..., two] = (x[..., one] * angle.sin() + x[..., two] * angle.cos()) * scale
-    return result
-
-
-def delta_net(file, weight, x):
-    """Gated delta rule, one token after the other; a key head serves the value heads that stand next to each other."""
-    width, size = x.shape[-1], file.number("ssm.state_size")
-    keys, heads, kernel = (file.number(f"ssm.{key}") for key in ("group_count", "time_step_rank", "conv_kernel"))
-    assert file.number("ssm.inner_size") == heads * size
-    channels = (2 * keys + heads) * size
-    mixed = x @ weight("attn_qkv.weight", channels, width).T
-    z = (x @ weight("attn_gate.weight", heads * size, width).T).reshape(-1, heads, size)
-    ba = (x @ weight("ssm_ba.weight", 2 * heads, width).T).reshape(-1, keys, 2, heads // keys)
-    beta = ba[:, :, 0].reshape(-1, heads).sigmoid()
-    alpha = ba[:, :, 1].reshape(-1, heads) + weight("ssm_dt.bias", heads)
-    decay = (weight("ssm_a", heads) * alpha.exp().log1p()).exp()
-    convolution = weight("ssm_conv1d.weight", channels, kernel)
-    padded = torch.cat([mixed.new_zeros(kernel - 1, channels), mixed])
-    mixed = silu(sum(padded[step : step + len(x)] * convolution[:, step] for step in range(kernel)))
-    q, k, v = (part.reshape(len(x), -1, size) for part in mixed.split([keys * size, keys * size, heads * size], dim=1))
-    q, k = (part / part.norm(dim=-1, keepdim=True).clamp_min(eps_of(file)) for part in (q, k))
-    q, k = (part.repeat_interleave(heads // keys, dim=1) for part in (q, k))
-    out, state = torch.empty_like(v), x.new_zeros(heads, size, size)  # from keys to values
-    for t in range(len(x)):
-        state = state * decay[t, :, None, None]
-        known = (k[t, :, :, None] * state).sum(dim=1)
-        state = state + k[t, :, :, None] * ((v[t] - known) * beta[t, :, None])[:, None, :]
-        out[t] = (q[t, :, :, None] * state).sum(dim=1) / math.sqrt(size)
-    out = rms_norm(out, weight("ssm_norm.weight", size), eps_of(file)) * silu(z)
-    return out.reshape(len(x), -1) @ weight("ssm_out.weight", width, heads * size).T
-
-
-def dense(file, weight, x):
-    return gated_layer(weight, x, "", file.number("feed_forward_length"))
-
-
-def gated_layer(weight, x, suffix, inner):
-    width = x.shape[-1]
-    gate = x @ weight(f"ffn_gate{suffix}.weight", inner, width).T
-    up = x @ weight(f"ffn_up{suffix}.weight", inner, width).T
-    return (silu(gate) * up) @ weight(f"ffn_down{suffix}.weight", width, inner).T
-
-
-def experts(file, weight, x):
-    """The best experts by a softmax over all, their weights summing to 1; qwen3next adds a shared one with a gate."""
-    width, inner = x.shape[-1], file.number("expert_feed_forward_length")
-    count, used = file.number("expert_count"), file.number("expert_used_count")
-    gates, ups = (weight(f"ffn_{part}_exps.weight", count, inner, width) for part in ("gate", "up"))
-    downs = weight("ffn_down_exps.weight", count, width, inner)
-    result = torch.zeros_like(x)
-    for t, chances in enumerate((x @ weight("ffn_gate_inp.weight", count, width).T).softmax(dim=-1)):
-        chosen = chances.argsort(descending=True)[:used]
-        for expert in chosen:
-            inside = silu(gates[expert] @ x[t]) * (ups[expert] @ x[t])
-            result[t] += downs[expert] @ inside * chances[expert] / chances[chosen].sum()
-    if file.architecture == "qwen3next":
-        shared = gated_layer(weight, x, "_shexp", file.number("expert_shared_feed_forward_length"))
-        result += shared * (x @ weight("ffn_gate_inp_shexp.weight", width)).sigmoid()[:, None]
-    return result
 
 
 # Models whose every part shows in the logits.
@@ -296,7 +118,8 @@ def lively_model(seed, **settings):
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim == 1 or name.endswith("norm.weight"):
-                around = 0.0 if settings["model_type"] == "qwen3_next" and "linear_attn" not in name else 1.0
+                kind = settings["model_type"]
+                around = 0.0 if kind == "gemma3_text" or (kind == "qwen3_next" and "linear_attn" not in name) else 1.0
                 low, high = (-1.5, 1.0) if name.endswith(("A_log", "dt_bias")) else (around - 0.5, around + 0.5)
                 value = torch.rand(p.shape, generator=generator) * (high - low) + low
             else:
@@ -333,7 +156,9 @@ def exported(tmp_path_factory):
         folder = folders[case, ternary]
         if (case, kind) not in files:
             path = folder.path.parent / f"{kind}.gguf"
-            assert GGUFExport(folder.path, kind or "auto", "f16").write(path)["type"] == (kind or "f16")
+            export = GGUFExport(folder.path, kind or "auto", "f16")
+            assert export.write(path)["type"] == (kind or "f16")
+            assert weights_equal(export, path) == []
             files[case, kind] = File(path)
         return folder, files[case, kind]
 
@@ -353,7 +178,7 @@ def test_a_dense_file_alone_gives_the_models_logits(exported, case):
     folder, file = exported(case)
     assert distance(file_logits(file, IDS), folder.logits) < TOLERANCE
     assert file.asked == set(file.values), "tensors that the architecture does not read"
-    assert ("output.weight" in file.values) == (not folder.config.tie_word_embeddings)
+    assert ("output.weight" in file.values) == (not folder.config.tie_word_embeddings or case == "olmo2")
 
 
 @pytest.mark.parametrize(("case", "kind"), TERNARY_FILES, ids=["-".join(case) for case in TERNARY_FILES])
@@ -368,6 +193,8 @@ def test_the_file_alone_gives_the_models_logits(exported, case, kind):
         mixers |= {"attn_qkv", "attn_gate", "ssm_ba", "ssm_out", "ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp"}
     suffix = "_exps" if case in ("qwen3moe", "qwen3next") else ""
     wanted = mixers | {f"ffn_{part}{suffix}" for part in ("gate", "up", "down")}
+    if case == "phi3":
+        wanted = {"attn_qkv", "attn_output", "ffn_up", "ffn_down"}
     if kind != "f16":
         in_blocks = {name.split(".")[2] for name, number in file.types.items() if number == TYPES[kind]}
         assert in_blocks == wanted
@@ -388,24 +215,47 @@ def test_an_embedding_in_q8_0_is_the_models_to_its_rounding(exported, tmp_path):
     assert torch.equal(file_logits(small, IDS), file_logits(mixed, IDS))
 
 
-@pytest.mark.parametrize("case", ["llama", "qwen3", "qwen3moe", "qwen3next"])
+OTHER_NUMBERS = {
+    "gemma3": {
+        "attention.sliding_window": 5, "attention.sliding_window_pattern": [True, True, False],
+        "rope.freq_base_swa": 10000.0, "rope.scaling.factor": 4.0, "final_logit_softcapping": 40.0,
+    },
+    "phi3": {"rope.dimension_count": 16},
+    "granite": {"embedding_scale": 1.0, "residual_scale": 1.0, "attention.scale": 0.0, "logit_scale": 1.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "-" not in case])
 def test_every_tensor_and_number_shows_in_the_logits(exported, case):
     folder, file = exported(case)
     changes = [{"values": {name: values.roll(1, dims=0)}} for name, values in file.values.items()]
-    changes += [{"numbers": {"rope.freq_base": 10000.0}}, {"numbers": {"attention.layer_norm_rms_epsilon": 0.02}}]
+    changes += [{"numbers": {"rope.freq_base": 10000.0}}, {"numbers": {"attention.layer_norm_rms_epsilon": 0.3}}]
     if "expert_used_count" in file.numbers:
         changes.append({"numbers": {"expert_used_count": 3}})
     if case == "qwen3next":
         changes.append({"numbers": {"rope.dimension_count": 40}})
+    changes += [{"numbers": {key: value}} for key, value in OTHER_NUMBERS.get(case, {}).items()]
     for change in changes:
         assert distance(file_logits(file.changed(**change), IDS), folder.logits) > 30 * TOLERANCE, change
+
+
+MORE_NUMBERS = {
+    "gemma3": {
+        "attention.sliding_window": 4, "attention.sliding_window_pattern": [True, False, True],
+        "rope.freq_base_swa": 90.0, "final_logit_softcapping": 30.0,
+    },
+    "phi3": {"attention.sliding_window": 0, "rope.dimension_count": 8},
+    "granite": {
+        "embedding_scale": 1.5, "residual_scale": 0.75, "attention.scale": pytest.approx(0.1), "logit_scale": 1.25,
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_files_numbers_are_the_configs(exported, case):
     folder, file = exported(case)
     config = folder.config
-    width = 16 if case == "llama-linear" else 40
+    width = 40 if "head_dim" in CASES[case] and case != "llama-linear" else 16
     wanted = {
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
@@ -417,12 +267,12 @@ def test_the_files_numbers_are_the_configs(exported, case):
         "attention.key_length": width,
         "attention.value_length": width,
         "attention.layer_norm_rms_epsilon": pytest.approx(config.rms_norm_eps, rel=1e-6),
-        "rope.freq_base": config.rope_parameters["rope_theta"],
+        "rope.freq_base": 700.0,
         "rope.dimension_count": width,
     }
     if case == "llama-linear":
         wanted |= {"rope.scaling.type": "linear", "rope.scaling.factor": 3.0}
-    if case == "qwen3-yarn":
+    if case in ("qwen3-yarn", "smollm3-yarn"):
         wanted |= {
             "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 80,
             "rope.scaling.attn_factor": pytest.approx(1.0), "rope.scaling.yarn_beta_fast": 32.0,
@@ -451,6 +301,9 @@ def test_the_files_numbers_are_the_configs(exported, case):
             "ssm.time_step_rank": config.linear_num_value_heads,
             "ssm.inner_size": config.linear_num_value_heads * config.linear_value_head_dim,
         }
+    wanted |= MORE_NUMBERS.get(case, {})
+    if case.startswith("gemma3"):
+        wanted |= {"rope.scaling.type": "linear", "rope.scaling.factor": 3.0}
     assert file.numbers == wanted
     assert file.architecture == case.split("-")[0]
     assert file.file_type == FILE_TYPES["f16"]
@@ -465,6 +318,30 @@ def test_the_files_numbers_are_the_configs(exported, case):
          "rotates 15 of 40 dimensions"),
         ("qwen3moe", {"mlp_only_layers": [0]}, "dense layers between"),
         ("qwen3-yarn", {"rope_parameters": {**YARN, "truncate": False}}, "truncate: false"),
+        ("llama-linear", {"rope_parameters": {**LINEAR, "partial_rotary_factor": 0.5}},
+         "partial_rotary_factor is 0.5 and llama.cpp's llama rotates whole heads"),
+        ("llama-mistral", {"sliding_window": 64}, "sliding_window is 64 and the context 320"),
+        ("qwen2", {"head_dim": 40}, "6 heads of head_dim 40 are 240 wide and hidden_size is 96"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, "sliding_window is 64"),
+        ("gemma3", {"attn_logit_softcapping": 30.0}, "attn_logit_softcapping is 30.0"),
+        ("gemma3", {"hidden_activation": "gelu"}, "hidden_activation is gelu"),
+        ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        ("gemma3", {"sliding_window": None}, "sliding_window is None"),
+        ("gemma3", {"rope_parameters": {**GEMMA3["rope_parameters"], "full_attention": YARN}}, "RoPE is of type"),
+        ("gemma3", {"rope_parameters": {**GEMMA3["rope_parameters"], "sliding_attention": {
+            "rope_type": "linear", "rope_theta": 90.0, "factor": 2.0}}}, "'sliding': 'linear'"),
+        ("phi3", {"head_dim": 40}, "6 heads of head_dim 40"),
+        ("phi3", {"sliding_window": 64}, "llama.cpp's phi3 attends to everything"),
+        ("phi3", {"rope_parameters": {**PHI3["rope_parameters"], "partial_rotary_factor": 0.2}}, "rotates 3 of 16"),
+        ("phi3", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 700.0, "partial_rotary_factor": 1.0,
+                                      "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}}, "RoPE of type longrope"),
+        ("smollm3", {"no_rope_layers": [1] * 5}, r"no_rope_layers is \[1, 1, 1, 1, 1\]"),
+        ("smollm3", {"no_rope_layer_interval": 2}, r"no_rope_layers is \[1, 0, 1, 0, 1\]"),
+        ("smollm3", {"mlp_bias": True}, "mlp_bias is True"),
+        ("smollm3", {"use_sliding_window": True, "sliding_window": 64}, "sliding_window is 64"),
+        ("olmo2", {"head_dim": 40}, "6 heads of head_dim 40"),
+        ("olmo2", {"attention_bias": True}, "attention_bias is True"),
+        ("granite", {"residual_multiplier": 0.0}, "residual_multiplier is 0"),
     ],
 )  # fmt: skip
 def test_what_the_graphs_cannot_compute_is_refused(tmp_path, case, changes, message):

@@ -1,10 +1,11 @@
-"""Stock llama.cpp runs what we export: the same tokens, the same perplexity, the same first choices.
+"""Stock llama.cpp runs what we export: the same tokens, logits, perplexity, first choices.
 
 Needs the `verify` extra (`make verify`): llama-cpp-python is built from source.
 """
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,8 +13,10 @@ from awkward import AWKWARD
 from conftest import TOKENIZER, limbeck, save_model, tiny_model
 from limbeck.config import TernaryConfig
 from limbeck.export.gguf import GGUFExport
+from limbeck.models import load_causal_lm
 from limbeck.students.build import make_ternary
 from test_export import SHAPES
+from test_gguf_oracle import TERNARY_CASES, lively_model
 from test_tokenizers import sentencepiece_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -51,6 +54,36 @@ def test_fifty_awkward_strings_of_a_sentencepiece_tokenizer(tmp_path, prepend):
         theirs = llama.tokenize(text.encode(), add_bos=False, special=True) if text else []
         assert theirs == tokenizer(text, add_special_tokens=False)["input_ids"], text
     llama.close()
+
+
+def logits_of_both(folder, path, ids):
+    """Logits `[T, vocabulary]` of transformers and of llama.cpp."""
+    with torch.no_grad():
+        ours = load_causal_lm(str(folder), dtype="float32").eval()(input_ids=ids[None], use_cache=False).logits[0]
+    llama = llama_cpp.Llama(str(path), n_ctx=len(ids), n_batch=len(ids), logits_all=True, verbose=False)
+    llama.eval(ids.tolist())
+    theirs = torch.from_numpy(np.array(llama.scores[: len(ids)], dtype=np.float32))
+    llama.close()
+    return ours.float(), theirs
+
+
+@pytest.mark.parametrize("kind", ["f16", "tq2_0"])
+@pytest.mark.parametrize("case", TERNARY_CASES)
+def test_llama_cpp_computes_the_logits_of_every_architecture(tmp_path, case, kind):
+    """Random weights, large and uneven, so that whatever lies elsewhere or is left out shows.
+
+    Of nine positions in ten: where a router all but draws, the last bit decides on the expert.
+    """
+    model = lively_model(3, **TERNARY_CASES[case])
+    if kind != "f16":
+        make_ternary(model, TernaryConfig(group_size=256))
+    folder = save_model(model, tmp_path / "final")
+    assert GGUFExport(folder, kind, "f16").write(tmp_path / "m.gguf")["type"] == kind
+    ids = torch.randint(5, 4000, (64,), generator=torch.Generator().manual_seed(1))
+    ours, theirs = logits_of_both(folder, tmp_path / "m.gguf", ids)
+    away = float(((ours - theirs).square().mean(dim=-1).sqrt() / ours.std()).quantile(0.9))
+    print(case, kind, f"{away:.1e} of the logits' standard deviation")
+    assert away < (0.01 if kind == "f16" else 0.1)
 
 
 @pytest.fixture(scope="module")
