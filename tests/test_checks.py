@@ -46,8 +46,8 @@ def refused(recipe, told, last=None):
      "--group-size is 64 and the student was trained with groups of 32"),
     ({"pipeline": {"export": ["gguf"]}, "student": {"ternary": {"group_size": 16}}},
      "pipeline.export has gguf, which cannot be: no type holds every ternary weight exactly"),
-    ({"pipeline": {"export": ["gguf"]}, "student": {"config": {**TINY, "model_type": "olmo2"}}},
-     "model_type olmo2 can not be exported to GGUF"),
+    ({"pipeline": {"export": ["gguf"]}, "student": {"config": {**TINY, "model_type": "olmo"}}},
+     "model_type olmo can not be exported to GGUF"),
     ({"pipeline": {"export": ["gguf"]}, "student": {"config": {**TINY, "attention_bias": True}}},
      "attention_bias is True"),
 ])  # fmt: skip

@@ -171,10 +171,27 @@ def test_splitting_rules():
     qwen = {"model": {"type": "BPE"}, "pre_tokenizer": {"type": "Sequence", "pretokenizers": parts}}
     assert splitting_rule(qwen) == "qwen2"
     split["pattern"]["Regex"] = pattern.replace(r"\p{N}|", r"\p{N}{1,3}|", 1)
+    assert splitting_rule(qwen) == "dbrx"
+    qwen["model"]["ignore_merges"] = True
     assert splitting_rule(qwen) == "llama-bpe"
+    parts[1]["use_regex"] = True
+    with pytest.raises(LimbeckError, match="no llama.cpp name for"):
+        splitting_rule(qwen)
+    parts[1]["use_regex"] = False
+    split["behavior"] = "Removed"
+    with pytest.raises(LimbeckError, match="no llama.cpp name for"):
+        splitting_rule(qwen)
+    split["behavior"] = "Isolated"
     split["pattern"]["Regex"] = "."
     with pytest.raises(LimbeckError, match="no llama.cpp name for"):
         splitting_rule(qwen)
+    parts[:] = [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "add_prefix_space": False}]
+    with pytest.raises(LimbeckError, match="ignore_merges: true, a rule that GGUF export has no llama.cpp name for"):
+        splitting_rule(qwen)
+    qwen["model"]["ignore_merges"] = False
+    assert splitting_rule(qwen) == "refact"
+    with pytest.raises(LimbeckError, match="ignore_merges: true"):
+        splitting_rule({**gpt2, "model": {"type": "BPE", "ignore_merges": True}})
     with pytest.raises(LimbeckError, match="knows byte-level BPE, and"):
         splitting_rule({"model": {"type": "Unigram"}})
     with pytest.raises(LimbeckError, match="adds a space"):

@@ -155,7 +155,9 @@ def test_an_architecture_from_outside_goes_to_gguf(tmp_path):
     folder = save_model(tiny_model(**sizes), tmp_path / "m" / "final")
     refused = limbeck("export", folder, "--output", tmp_path / "m.gguf", check=False)
     assert refused.returncode == 1
-    assert "model_type ministral can not be exported to GGUF: the architectures are llama" in refused.stderr
+    assert (
+        "model_type ministral can not be exported to GGUF: the architectures are gemma3_text, llama" in refused.stderr
+    )
     (plugin,) = page("gguf-architecture", tmp_path)["plugins"]
     limbeck("export", folder, "--output", tmp_path / "m.gguf", "--plugins", plugin)
     reader = gguf.GGUFReader(tmp_path / "m.gguf")

@@ -64,6 +64,36 @@ def sentencepiece_tokenizer(prepend: str = "normalizer") -> PreTrainedTokenizerF
     )
 
 
+def byte_level_tokenizer(rule: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE that splits text by the rule that llama.cpp calls so, with a token that no merge makes."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    digits = {"llama-bpe": r"\p{N}{1,3}", "dbrx": r"\p{N}{1,3}", "qwen2": r"\p{N}"}
+    if rule in digits:
+        pattern = (
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits[rule] + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+            r"\s*[\r\n]+|\s+(?!\S)|\s+"
+        )
+        first = pre_tokenizers.Split(Regex(pattern), "isolated")
+    else:
+        first = pre_tokenizers.Digits(individual_digits=True)
+    steps = pre_tokenizers.Sequence(
+        [first, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rule not in digits)]
+    )
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = steps
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=600, show_progress=False, initial_alphabet=alphabet)
+    learner.train_from_iterator(AWKWARD * 3, trainer)
+    learnt = json.loads(learner.to_str())["model"]
+    merges = [tuple(pair) for pair in learnt["merges"] if "".join(pair) != "Ġfox"]
+    assert "Ġfox" in learnt["vocab"]
+    tokenizer = Tokenizer(models.BPE(learnt["vocab"], merges, ignore_merges=rule == "llama-bpe"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = steps, decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+
+
 class Written:
     """What a GGUFWriter is told."""
 

@@ -17,7 +17,7 @@ from limbeck.models import load_causal_lm
 from limbeck.students.build import make_ternary
 from test_export import SHAPES
 from test_gguf_oracle import TERNARY_CASES, lively_model
-from test_tokenizers import sentencepiece_tokenizer
+from test_tokenizers import byte_level_tokenizer, sentencepiece_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 llama_cpp = pytest.importorskip("llama_cpp", reason="needs the verify extra (llama-cpp-python)")
@@ -35,6 +35,22 @@ def test_fifty_awkward_strings_have_the_same_ids(tmp_path):
     for text in AWKWARD:
         theirs = llama.tokenize(text.encode(), add_bos=True, special=True) if text else []
         assert theirs == tokenizer(text)["input_ids"], text
+    llama.close()
+
+
+@pytest.mark.parametrize("rule", ["llama-bpe", "dbrx", "qwen2", "refact"])
+def test_fifty_awkward_strings_of_every_splitting_rule(tmp_path, rule):
+    """As Llama 3, OLMo 2, Qwen 2 and Granite 3 have them; each with tokens that merges do not reach."""
+    tokenizer = byte_level_tokenizer(rule)
+    model = tiny_model(**SHAPES["llama"], vocab_size=len(tokenizer))
+    model.save_pretrained(tmp_path / "final")
+    tokenizer.save_pretrained(tmp_path / "final")
+    GGUFExport(tmp_path / "final", "f16").write(tmp_path / "m.gguf")
+    llama = llama_cpp.Llama(str(tmp_path / "m.gguf"), vocab_only=True, verbose=False)
+    assert llama.metadata["tokenizer.ggml.pre"] == rule
+    for text in AWKWARD:
+        theirs = llama.tokenize(text.encode(), add_bos=False, special=True) if text else []
+        assert theirs == tokenizer(text, add_special_tokens=False)["input_ids"], text
     llama.close()
 
 
