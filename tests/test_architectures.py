@@ -9,7 +9,7 @@ import pytest
 DOCS = Path(__file__).parents[1] / "docs"
 QUICK = ("gpt2", "mamba")
 NAMED = ("llama", "qwen2", "qwen3", "qwen3_moe", "qwen3_next", "mistral", "gemma3_text", "phi3", "smollm3", "olmo2",
-         "gpt2", "gpt_neox", "mamba", "gpt_oss")  # fmt: skip
+         "granite", "gpt2", "gpt_neox", "mamba", "gpt_oss")  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Exports: block formats to the bit, packed checkpoints, GGUF files of four architectures, refusals."""
+"""Exports: block formats to the bit, packed checkpoints, GGUF files, refusals."""
 
 import json
 

@@ -74,7 +74,7 @@ CASES = {
         **DENSE, "model_type": "llama", "tie_word_embeddings": False,
         "rope_parameters": {
             "rope_type": "yarn", "rope_theta": 700.0, "factor": 4.0, "original_max_position_embeddings": 16,
-            "attention_factor": 1.5, "beta_fast": 8.0, "beta_slow": 2.0,
+            "attention_factor": 1.5,
         },
     },
     "qwen3moe": {**DENSE, **EXPERTS, "model_type": "qwen3_moe", "tie_word_embeddings": False},
@@ -83,6 +83,7 @@ CASES = {
     "llama-mistral": {**DENSE, "model_type": "mistral", "sliding_window": 320},
     "gemma3": {**GEMMA3, "final_logit_softcapping": 30.0},
     "gemma3-full": {**GEMMA3, "layer_types": ["full_attention"] * 3},
+    "gemma3-27b": {**GEMMA3, "num_hidden_layers": 62, "layer_types": None},
     "phi3": PHI3,
     "smollm3": SMOLLM3,
     "smollm3-yarn": {**SMOLLM3, "tie_word_embeddings": False, "rope_parameters": YARN},
@@ -240,6 +241,10 @@ def test_every_tensor_and_number_shows_in_the_logits(exported, case):
 
 
 MORE_NUMBERS = {
+    "gemma3-27b": {
+        "attention.sliding_window": 4, "rope.freq_base_swa": 90.0,
+        "attention.sliding_window_pattern": [number % 6 != 0 for number in range(1, 63)],
+    },
     "gemma3": {
         "attention.sliding_window": 4, "attention.sliding_window_pattern": [True, False, True],
         "rope.freq_base_swa": 90.0, "final_logit_softcapping": 30.0,
@@ -282,7 +287,7 @@ def test_the_files_numbers_are_the_configs(exported, case):
         wanted |= {
             "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 16,
             "rope.scaling.attn_factor": pytest.approx(1.5 / (1 + 0.1 * math.log(4.0))),
-            "rope.scaling.yarn_beta_fast": 8.0, "rope.scaling.yarn_beta_slow": 2.0,
+            "rope.scaling.yarn_beta_fast": 32.0, "rope.scaling.yarn_beta_slow": 1.0,
         }  # fmt: skip
     if "moe" in case or "next" in case:
         wanted |= {
@@ -318,6 +323,8 @@ def test_the_files_numbers_are_the_configs(exported, case):
          "rotates 15 of 40 dimensions"),
         ("qwen3moe", {"mlp_only_layers": [0]}, "dense layers between"),
         ("qwen3-yarn", {"rope_parameters": {**YARN, "truncate": False}}, "truncate: false"),
+        ("llama-yarn", {"rope_parameters": {**YARN, "beta_fast": 8.0}}, "beta_fast: 8.0 and llama.cpp runs llama with"),
+        ("qwen3-yarn", {"rope_parameters": {**YARN, "beta_slow": 2.0}}, "beta_slow: 2.0 and llama.cpp runs qwen3 with"),
         ("llama-linear", {"rope_parameters": {**LINEAR, "partial_rotary_factor": 0.5}},
          "partial_rotary_factor is 0.5 and llama.cpp's llama rotates whole heads"),
         ("llama-mistral", {"sliding_window": 64}, "sliding_window is 64 and the context 320"),

@@ -10,6 +10,7 @@ import torch
 from conftest import TINY, save_model, tiny_model, with_keys
 from limbeck import SparseTargets, TeacherCache
 from limbeck.config import LossConfig, Recipe, TernaryConfig
+from limbeck.errors import LimbeckError
 from limbeck.evaluation import fidelity
 from limbeck.export.architectures.base import architecture
 from limbeck.export.disk import DiskTensors
@@ -46,8 +47,10 @@ def test_yarns_speeds_have_defaults():
     rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
     told = numbers_of(model_type="qwen3", rope_parameters=rope)
     assert (told["rope_scaling_yarn_beta_fast"], told["rope_scaling_yarn_beta_slow"]) == (32.0, 1.0)
-    told = numbers_of(model_type="qwen3", rope_parameters={**rope, "beta_fast": 16.0, "beta_slow": 2.0})
-    assert (told["rope_scaling_yarn_beta_fast"], told["rope_scaling_yarn_beta_slow"]) == (16.0, 2.0)
+    told = numbers_of(model_type="qwen3", rope_parameters={**rope, "beta_fast": 32, "beta_slow": 1})
+    assert (told["rope_scaling_yarn_beta_fast"], told["rope_scaling_yarn_beta_slow"]) == (32.0, 1.0)
+    with pytest.raises(LimbeckError, match="beta_fast: 16.0 and llama.cpp runs qwen3 with 32.0"):
+        numbers_of(model_type="qwen3", rope_parameters={**rope, "beta_fast": 16.0})
 
 
 @pytest.mark.parametrize(("layers", "full", "interval"), [(3, [2], 2), (4, [2, 4], 2), (2, [1, 2], 1)])

@@ -16,7 +16,7 @@ from limbeck.export.gguf import GGUFExport
 from limbeck.models import load_causal_lm
 from limbeck.students.build import make_ternary
 from test_export import SHAPES
-from test_gguf_oracle import TERNARY_CASES, lively_model
+from test_gguf_oracle import CASES, TERNARY_CASES, lively_model
 from test_tokenizers import byte_level_tokenizer, sentencepiece_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -83,14 +83,15 @@ def logits_of_both(folder, path, ids):
     return ours.float(), theirs
 
 
-@pytest.mark.parametrize("kind", ["f16", "tq2_0"])
-@pytest.mark.parametrize("case", TERNARY_CASES)
+@pytest.mark.parametrize(
+    ("case", "kind"), [*((case, "f16") for case in CASES), *((case, "tq2_0") for case in TERNARY_CASES)]
+)
 def test_llama_cpp_computes_the_logits_of_every_architecture(tmp_path, case, kind):
     """Random weights, large and uneven, so that whatever lies elsewhere or is left out shows.
 
     Of nine positions in ten: where a router all but draws, the last bit decides on the expert.
     """
-    model = lively_model(3, **TERNARY_CASES[case])
+    model = lively_model(3, **(CASES if kind == "f16" else TERNARY_CASES)[case])
     if kind != "f16":
         make_ternary(model, TernaryConfig(group_size=256))
     folder = save_model(model, tmp_path / "final")
@@ -99,7 +100,7 @@ def test_llama_cpp_computes_the_logits_of_every_architecture(tmp_path, case, kin
     ours, theirs = logits_of_both(folder, tmp_path / "m.gguf", ids)
     away = float(((ours - theirs).square().mean(dim=-1).sqrt() / ours.std()).quantile(0.9))
     print(case, kind, f"{away:.1e} of the logits' standard deviation")
-    assert away < (0.01 if kind == "f16" else 0.1)
+    assert away < (0.02 if kind == "f16" else 0.1)
 
 
 @pytest.fixture(scope="module")

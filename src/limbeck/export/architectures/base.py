@@ -179,15 +179,24 @@ class Architecture:
             self._add_yarn(writer, rope)
 
     def _add_yarn(self, writer: Any, rope: dict[str, Any]) -> None:
-        """YaRN's other settings; llama.cpp multiplies its own 1 + 0.1 ln(factor) by the file's attention factor."""
+        """YaRN's other settings; llama.cpp multiplies its own 1 + 0.1 ln(factor) by the file's attention factor.
+
+        Of the borders between what is scaled and what is not it takes its own, whatever the file says.
+        """
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
         if not rope.get("truncate", True):
             raise LimbeckError("rope_parameters has truncate: false, for which GGUF has no key.")
+        for key, only in (("beta_fast", 32.0), ("beta_slow", 1.0)):
+            if (rope.get(key) or only) != only:
+                raise LimbeckError(
+                    f"rope_parameters has {key}: {rope[key]} and llama.cpp runs {self.name} with {only} whatever a "
+                    "file says. Leave it out of the student."
+                )
         _, attention = ROPE_INIT_FUNCTIONS["yarn"](self.config, "cpu")
         writer.add_rope_scaling_attn_factors(float(attention) / (1.0 + 0.1 * math.log(float(rope["factor"]))))
-        writer.add_rope_scaling_yarn_beta_fast(float(rope.get("beta_fast") or 32.0))
-        writer.add_rope_scaling_yarn_beta_slow(float(rope.get("beta_slow") or 1.0))
+        writer.add_rope_scaling_yarn_beta_fast(32.0)
+        writer.add_rope_scaling_yarn_beta_slow(1.0)
 
 
 class PartlyRotated(Architecture):
