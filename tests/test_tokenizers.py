@@ -11,7 +11,7 @@ from conftest import TOKENIZER, save_model, tiny_model, with_keys
 from limbeck.data.tokenizer import load_tokenizer, read_as_other
 from limbeck.errors import LimbeckError
 from limbeck.export.sentencepiece import adds_space, is_sentencepiece, scores
-from limbeck.export.vocabulary import add_vocabulary, check_vocabulary
+from limbeck.export.vocabulary import add_vocabulary, check_vocabulary, name_in_file
 
 SPACE = "▁"
 
@@ -94,6 +94,30 @@ def byte_level_tokenizer(rule: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
 
 
+def phi3_tokenizer() -> PreTrainedTokenizerFast:
+    """Llama 2's with Phi 3's special tokens, most of which take the space behind them away."""
+    from tokenizers import AddedToken
+
+    tokenizer = sentencepiece_tokenizer()
+    for name, strips in (("<|endoftext|>", False), ("</s>", True), ("<|user|>", True), ("<|end|>", True)):
+        tokenizer.add_tokens(AddedToken(name, rstrip=strips, normalized=False, special=True), special_tokens=True)
+    return tokenizer
+
+
+def test_the_name_of_a_file_says_how_its_special_tokens_are_used():
+    plain = json.loads(byte_level_tokenizer("refact").backend_tokenizer.to_str())
+    assert name_in_file("my run", plain) == "my run"
+    assert name_in_file("My-Phi-3-mini", plain) == "My-Phi 3-mini"
+    assert name_in_file("phi3 as modern-BERT", plain) == "phi 3 as modern BERT"
+    phi3 = json.loads(phi3_tokenizer().backend_tokenizer.to_str())
+    assert name_in_file("my run", phi3) == "my run (phi3 tokenizer)"
+    assert name_in_file("Phi-3-mini", phi3) == "Phi-3-mini"
+    for change, message in (({"rstrip": True}, "has rstrip set"), ({"lstrip": True}, "has lstrip or single_word set")):
+        plain["added_tokens"][0].update(change)
+        with pytest.raises(LimbeckError, match=message):
+            check_vocabulary(plain)
+
+
 class Written:
     """What a GGUFWriter is told."""
 
@@ -123,7 +147,7 @@ def test_scores_cut_fifty_awkward_strings_as_the_merges_do(tmp_path, prepend):
     tokenizer = sentencepiece_tokenizer(prepend)
     tokenizer.save_pretrained(tmp_path)
     told = Written()
-    add_vocabulary(told, tmp_path, len(tokenizer))
+    add_vocabulary(told, tmp_path, len(tokenizer), "m")
     assert told.tokenizer_model == "llama"
     assert told.add_space_prefix is (prepend != "none")
     for text in AWKWARD:
@@ -139,7 +163,7 @@ def test_types_of_a_sentencepiece_vocabulary(tmp_path):
     tokenizer.add_tokens(["<user>"])
     tokenizer.save_pretrained(tmp_path)
     told = Written()
-    add_vocabulary(told, tmp_path, len(tokenizer) + 2)
+    add_vocabulary(told, tmp_path, len(tokenizer) + 2, "m")
     kinds = gguf.TokenType
     types = dict(zip(told.token_list, told.token_types, strict=True))
     assert (types["<unk>"], types["<s>"], types["<0x0A>"]) == (kinds.UNKNOWN, kinds.CONTROL, kinds.BYTE)

@@ -17,7 +17,7 @@ from limbeck.models import load_causal_lm
 from limbeck.students.build import make_ternary
 from test_export import SHAPES
 from test_gguf_oracle import CASES, TERNARY_CASES, lively_model
-from test_tokenizers import byte_level_tokenizer, sentencepiece_tokenizer
+from test_tokenizers import byte_level_tokenizer, phi3_tokenizer, sentencepiece_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 llama_cpp = pytest.importorskip("llama_cpp", reason="needs the verify extra (llama-cpp-python)")
@@ -50,6 +50,22 @@ def test_fifty_awkward_strings_of_every_splitting_rule(tmp_path, rule):
     assert llama.metadata["tokenizer.ggml.pre"] == rule
     for text in AWKWARD:
         theirs = llama.tokenize(text.encode(), add_bos=False, special=True) if text else []
+        assert theirs == tokenizer(text, add_special_tokens=False)["input_ids"], text
+    llama.close()
+
+
+@pytest.mark.parametrize("name", ["my run", "phi-3 of mine"])
+@pytest.mark.parametrize("strips", [True, False])
+def test_space_behind_special_tokens_whatever_the_files_name(tmp_path, name, strips):
+    """llama.cpp knows by a file's name that Phi 3's take it away."""
+    tokenizer = phi3_tokenizer() if strips else byte_level_tokenizer("refact")
+    special = "<|end|>" if strips else "<|endoftext|>"
+    tiny_model(**SHAPES["llama"], vocab_size=len(tokenizer)).save_pretrained(tmp_path / "final")
+    tokenizer.save_pretrained(tmp_path / "final")
+    GGUFExport(tmp_path / "final", "f16", name=name).write(tmp_path / "m.gguf")
+    llama = llama_cpp.Llama(str(tmp_path / "m.gguf"), vocab_only=True, verbose=False)
+    for text in (f"def foo(x):{special}\n  return", f"a{special} b", f"{special}  {special}c", "a<|endoftext|> \nb"):
+        theirs = llama.tokenize(text.encode(), add_bos=False, special=True)
         assert theirs == tokenizer(text, add_special_tokens=False)["input_ids"], text
     llama.close()
 

@@ -196,11 +196,10 @@ class GGUFExport:
         partial = temporary_for(path, own=True)
         writer = gguf.GGUFWriter(partial, arch.name)
         try:
-            writer.add_name(self.name or self.folder.resolve().name)
             writer.add_file_type(_FILE_TYPES[chosen])
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
             arch.add_numbers(writer)
-            add_vocabulary(writer, self.folder, self.config.vocab_size)
+            add_vocabulary(writer, self.folder, self.config.vocab_size, self.name or self.folder.resolve().name)
             for entry in planned:
                 raw, size = _storage(entry.kind, entry.shape)
                 number: Any = raw  # q2_0 is newer than the package's list of types

@@ -5,6 +5,7 @@ tokenizer that is neither exactly is refused, because its text would be cut else
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,11 @@ _RULES: dict[tuple[str | None, bool], str] = {
     (_QWEN2, False): "qwen2",
     (_DIGITS, False): "refact",
 }
+
+#: Names of files in which llama.cpp treats special tokens in another way than it does elsewhere.
+_NAMED_AFTER = re.compile(r"(phi)-?(3)|(modern)-(bert)", re.IGNORECASE)
+#: The special tokens of Phi 3 that leave the space behind them as it is; `</s>` and all added ones take it away.
+_PHI3_LEAVES = frozenset({"<unk>", "<s>", "<|endoftext|>"})
 
 
 def splitting_rule(tokenizer: dict[str, Any]) -> str:
@@ -75,12 +81,41 @@ def _pattern(parts: list[dict[str, Any]], byte_level: dict[str, Any]) -> str | N
     return None
 
 
+def name_in_file(name: str, tokenizer: Mapping[str, Any]) -> str:
+    """The `general.name` of a file, by which llama.cpp decides whether special tokens take the space behind them away.
+
+    In a file that is named after Phi 3 all of Phi 3's do (and its tokens have to be there), in others none does.
+
+    Args:
+        name: what the file should be called; changed only where llama.cpp would misunderstand it.
+        tokenizer: a tokenizer.json.
+
+    Raises:
+        LimbeckError: some special tokens take space away, and they are not Phi 3's.
+    """
+    added = _added(tokenizer)
+    odd = next((token for token, entry in added.items() if entry.get("lstrip") or entry.get("single_word")), None)
+    if odd is not None:
+        raise LimbeckError(f"the tokenizer's {odd} has lstrip or single_word set, which llama.cpp does not follow.")
+    taking = {token for token, entry in added.items() if entry.get("rstrip")}
+    if not taking:
+        return _NAMED_AFTER.sub(lambda found: " ".join(part for part in found.groups() if part), name)
+    if "</s>" in taking and set(added) >= _PHI3_LEAVES and taking == set(added) - _PHI3_LEAVES:
+        found = _NAMED_AFTER.search(name)
+        return name if found and found[1] else f"{name} (phi3 tokenizer)"
+    raise LimbeckError(
+        f"the tokenizer's {min(taking)} has rstrip set; llama.cpp follows that in Phi 3's tokenizer alone, where all "
+        f"added tokens have it but {', '.join(sorted(_PHI3_LEAVES))}. Save the tokenizer without rstrip."
+    )
+
+
 def check_vocabulary(tokenizer: Mapping[str, Any]) -> None:
     """Refuse a tokenizer.json that llama.cpp would not follow.
 
     Raises:
         LimbeckError: says what of it llama.cpp does not know.
     """
+    name_in_file("", tokenizer)
     if is_sentencepiece(tokenizer):
         adds_space(tokenizer)
         scores(tokenizer, _added(tokenizer))
@@ -88,8 +123,8 @@ def check_vocabulary(tokenizer: Mapping[str, Any]) -> None:
         splitting_rule(dict(tokenizer))
 
 
-def add_vocabulary(writer: Any, folder: Path, vocab_size: int) -> None:
-    """Write a model folder's tokenizer into a `gguf.GGUFWriter`.
+def add_vocabulary(writer: Any, folder: Path, vocab_size: int, name: str) -> None:
+    """Write a model folder's tokenizer into a `gguf.GGUFWriter`, and the file's name, on which its use depends.
 
     Raises:
         LimbeckError: there is no tokenizer.json, or llama.cpp would tokenise differently.
@@ -100,6 +135,7 @@ def add_vocabulary(writer: Any, folder: Path, vocab_size: int) -> None:
     if not path.is_file():
         raise LimbeckError(f"{folder} has no tokenizer.json; save the tokenizer beside the model first.")
     data = json.loads(path.read_text(encoding="utf-8"))
+    writer.add_name(name_in_file(name, data))
     by_score = is_sentencepiece(data)
     tokens, types = _tokens(data, vocab_size, by_score)
     if by_score:
