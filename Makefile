@@ -31,6 +31,16 @@ lint: $(VENV)/.dev
 verify: $(VENV)/.verify
 	$(BIN)/python -m pytest tests/e2e/test_llama_cpp.py tests/e2e/test_openai_echo.py -m slow
 
+# The extension under the compiler's sanitizers: products, the engine's tests and 2,000 mutated files; then threads.
+sanitize: $(VENV)/.dev $(VENV)/.kernels
+	$(BIN)/python tools/sanitize.py
+
+# A wheel that needs no compiler where it is installed, tried in an environment of its own; and the source archive.
+wheel: $(VENV)/.venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python tools/try_wheel.py dist
+
 # Small errors in the source, and the share of them that the tests notice; `tests/mutants.py --quick` is the short one.
 mutants: $(VENV)/.dev
 	$(BIN)/python tests/mutants.py --survivors

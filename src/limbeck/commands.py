@@ -170,12 +170,36 @@ def eval_student(recipe: Recipe, options: Options) -> Result:
 
 def generate(recipe: Recipe, options: Options) -> Result:
     """Write a sample with a model."""
+    from limbeck.serving.model import is_gguf
+
+    if is_gguf(recipe.generation.model):
+        return _generate_gguf(recipe)
+    if recipe.engine.draft is not None:
+        raise ConfigError(f"engine.draft is {recipe.engine.draft} and {recipe.generation.model} is no GGUF file.")
     from limbeck.evaluation.generate import write_sample
     from limbeck.training.run import student_folder
 
     folder = recipe.generation.model or student_folder(recipe.student_dir)
     text = write_sample(recipe.generation, ModelSource(str(folder)), recipe.training.device)
     return Result({"model": str(folder), "prompt": recipe.generation.prompt, "text": text}, text)
+
+
+def _generate_gguf(recipe: Recipe) -> Result:
+    from limbeck.serving.generate import write_text
+
+    found = write_text(recipe.generation, recipe.engine)
+    rates = ", ".join(f"{key.replace('_', ' ')} {value:,.3g}" for key, value in found["statistics"].items() if value)
+    return Result(found, f"{found['text']}\n\n{rates}")
+
+
+def bench(recipe: Recipe, options: Options) -> Result:
+    """Time a GGUF file."""
+    from limbeck.serving.bench import measure, text
+
+    if recipe.bench.model is None:
+        raise ConfigError("limbeck bench needs a file: `limbeck bench model.gguf`.")
+    found = measure(_gguf_file(recipe.bench.model), recipe.bench, recipe.engine)
+    return Result(found, text(found))
 
 
 def export(recipe: Recipe, options: Options) -> Result:

@@ -14,18 +14,22 @@ namespace {
 struct Halves {
     const uint16_t* data;
     Vec operator()(size_t place) const { return load_half(data + place); }
-    float one(size_t place) const { return half_to_float(data[place]); }
+    Vec some(size_t place, size_t count) const {
+        uint16_t held[kLanes] = {};
+        std::copy(data + place, data + place + count, held);
+        return load_half(held);
+    }
 };
 struct Floats {
     const float* data;
     Vec operator()(size_t place) const { return load(data + place); }
-    float one(size_t place) const { return data[place]; }
+    Vec some(size_t place, size_t count) const { return load_some(data + place, count); }
 };
 
 // A block as floats: of keys `[D, kAttentionBlock]`, of values `[kAttentionBlock, D]`.
 void block_to_floats(const Attention& task, const uint8_t* from, bool by_position, float* to) {
     const size_t n = task.width * kAttentionBlock;
-    if (!task.eight_bits) {
+    if (task.kind == CacheKind::f16) {
         convert<FloatKind::f16>(from, to, n);
         return;
     }
@@ -78,6 +82,20 @@ void add_chunks(const Attention& task, size_t query, size_t d, const float* weig
     }
 }
 
+// The dimensions behind the last whole vector, as a vector that is filled up.
+template <size_t N, class Values>
+void add_last_chunk(const Attention& task, size_t query, size_t d, const float* weights, Values values, size_t count) {
+    const size_t rest = task.width - d;
+    for (size_t n = 0; n < N; ++n) {
+        float* to = task.out + (query + n) * task.width + d;
+        Vec sum = load_some(to, rest);
+        for (size_t i = 0; i < count; ++i) {
+            sum += values.some(i * task.width + d, rest) * weights[n * kAttentionBlock + i];
+        }
+        store_some(to, sum, rest);
+    }
+}
+
 template <size_t N, class Values>
 void add_values(const Attention& task, size_t query, const float* weights, Values values, size_t count) {
     constexpr size_t chunks = N == 1 ? 4 : 2;
@@ -85,13 +103,7 @@ void add_values(const Attention& task, size_t query, const float* weights, Value
     for (; d + chunks * kLanes <= task.width; d += chunks * kLanes)
         add_chunks<N, chunks>(task, query, d, weights, values, count);
     for (; d + kLanes <= task.width; d += kLanes) add_chunks<N, 1>(task, query, d, weights, values, count);
-    for (; d < task.width; ++d) {
-        for (size_t n = 0; n < N; ++n) {
-            float sum = task.out[(query + n) * task.width + d];
-            for (size_t i = 0; i < count; ++i) sum += values.one(i * task.width + d) * weights[n * kAttentionBlock + i];
-            task.out[(query + n) * task.width + d] = sum;
-        }
-    }
+    if (d < task.width) add_last_chunk<N>(task, query, d, weights, values, count);
 }
 
 template <class Keys>
@@ -153,13 +165,15 @@ void attend(const Attention& task) {
         sums[query] = 0;
         std::fill(task.out + query * task.width, task.out + query * task.width + width, 0.0f);
     }
-    const bool direct = !task.eight_bits && n <= 4;
-    const size_t bytes = cache_block_bytes(width, task.eight_bits);
+    const bool direct = task.kind == CacheKind::f16 && n <= 4;
+    const size_t bytes = cache_block_bytes(width, task.kind);
     for (size_t block = size_t(begin) / kAttentionBlock; block * kAttentionBlock < size_t(end); ++block) {
         const size_t first = block * kAttentionBlock, count = std::min(kAttentionBlock, size_t(end) - first);
         const uint8_t *key_block = task.keys + block * bytes, *value_block = task.values + block * bytes;
         if (direct) {
             score_queries(task, Halves{reinterpret_cast<const uint16_t*>(key_block)}, scores);
+        } else if (task.kind == CacheKind::f32) {
+            score_queries(task, Floats{reinterpret_cast<const float*>(key_block)}, scores);
         } else {
             block_to_floats(task, key_block, false, keys);
             score_queries(task, Floats{keys}, scores);
@@ -169,6 +183,8 @@ void attend(const Attention& task) {
         }
         if (direct) {
             add_for_queries(task, scores, Halves{reinterpret_cast<const uint16_t*>(value_block)}, count);
+        } else if (task.kind == CacheKind::f32) {
+            add_for_queries(task, scores, Floats{reinterpret_cast<const float*>(value_block)}, count);
         } else {
             block_to_floats(task, value_block, true, values);
             add_for_queries(task, scores, Floats{values}, count);

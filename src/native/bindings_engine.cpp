@@ -70,6 +70,13 @@ nb::dict metadata(const GgufFile& file) {
     return found;
 }
 
+CacheKind cache_named(const std::string& name) {
+    if (name == "f16") return CacheKind::f16;
+    if (name == "f32") return CacheKind::f32;
+    if (name == "int8") return CacheKind::int8;
+    throw std::invalid_argument("cache is '" + name + "'; it is f16, f32 or int8.");
+}
+
 auto forward(Engine& engine, const std::vector<std::tuple<int64_t, std::vector<int32_t>, bool>>& wanted) {
     std::vector<Request> requests;
     for (const auto& [sequence, tokens, all] : wanted) requests.push_back({sequence, tokens, all});
@@ -102,7 +109,7 @@ void bind_engine(nb::module_& module) {
     nb::class_<Engine>(module, "Engine")
         .def(
             "__init__",
-            [](Engine* self, const std::string& path, int threads, bool pin, bool numa_aware, bool eight_bit_cache,
+            [](Engine* self, const std::string& path, int threads, bool pin, bool numa_aware, const std::string& cache,
                size_t tokens_at_once) {
                 if (threads < 0 || threads > 1024)
                     throw std::invalid_argument("threads is " + std::to_string(threads) +
@@ -110,10 +117,11 @@ void bind_engine(nb::module_& module) {
                 if (tokens_at_once < 1 || tokens_at_once > 65536)
                     throw std::invalid_argument("tokens_at_once is " + std::to_string(tokens_at_once) +
                                                 "; it is 1 to 65536.");
+                const CacheKind kind = cache_named(cache);
                 nb::gil_scoped_release released;
-                new (self) Engine(path, {threads, {pin, numa_aware}, {eight_bit_cache}, tokens_at_once});
+                new (self) Engine(path, {threads, {pin, numa_aware}, {kind}, tokens_at_once});
             },
-            "path"_a, "threads"_a = 0, "pin"_a = false, "numa_aware"_a = false, "eight_bit_cache"_a = false,
+            "path"_a, "threads"_a = 0, "pin"_a = false, "numa_aware"_a = false, "cache"_a = "f16",
             "tokens_at_once"_a = 512)
         .def("create", &Engine::create)
         .def("drop", &Engine::drop, "sequence"_a)
@@ -123,11 +131,13 @@ void bind_engine(nb::module_& module) {
         .def("bytes", &Engine::bytes, "sequence"_a)
         .def("forward", &forward, "requests"_a)
         .def("metadata", [](Engine& self) { return metadata(self.file()); })
+        .def_prop_ro("can_truncate", &Engine::can_truncate)
         .def_prop_ro("architecture", [](Engine& self) { return self.info().architecture; })
         .def_prop_ro("vocabulary", [](Engine& self) { return self.info().vocabulary; })
         .def_prop_ro("context", [](Engine& self) { return self.info().context; })
         .def_prop_ro("parameters", [](Engine& self) { return self.info().parameters; })
-        .def_prop_ro("weight_bytes_a_token", &Engine::weight_bytes_a_token)
+        .def_prop_ro("weight_bytes_a_token", [](Engine& self) { return self.load().bytes; })
+        .def_prop_ro("weights_a_token", [](Engine& self) { return self.load().weights; })
         .def_prop_ro("threads", [](Engine& self) { return self.pool().threads(); });
 }
 

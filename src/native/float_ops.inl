@@ -34,6 +34,18 @@ inline Vec load(const float* from) {
     return value;
 }
 inline void store(float* to, Vec value) { std::memcpy(to, &value, sizeof value); }
+// The first `count` lanes from and to memory; the others are 0. What is left over of a row goes through the same
+// arithmetic as the rest, so that a result does not depend on how many rows are worked on at once.
+inline Vec load_some(const float* from, size_t count) {
+    float held[kLanes] = {};
+    std::copy(from, from + count, held);
+    return load(held);
+}
+inline void store_some(float* to, Vec value, size_t count) {
+    float held[kLanes];
+    store(held, value);
+    std::copy(held, held + count, to);
+}
 inline Vec all(float value) { return value - Vec{}; }
 inline float total(Vec value) {
     float sum = 0;
@@ -140,15 +152,14 @@ float dot(const float* a, const float* b, size_t n) {
         for (size_t part = 0; part < 4; ++part) sums[part] += load(a + i + part * kLanes) * load(b + i + part * kLanes);
     }
     for (; i + kLanes <= n; i += kLanes) sums[0] += load(a + i) * load(b + i);
-    float sum = total((sums[0] + sums[1]) + (sums[2] + sums[3]));
-    for (; i < n; ++i) sum += a[i] * b[i];
-    return sum;
+    if (i < n) sums[0] += load_some(a + i, n - i) * load_some(b + i, n - i);
+    return total((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
 void add_scaled(float* y, const float* x, float scale, size_t n) {
     size_t i = 0;
     for (; i + kLanes <= n; i += kLanes) store(y + i, load(y + i) + load(x + i) * scale);
-    for (; i < n; ++i) y[i] += x[i] * scale;
+    if (i < n) store_some(y + i, load_some(y + i, n - i) + load_some(x + i, n - i) * scale, n - i);
 }
 
 void rms_norm(const float* x, const float* weight, float eps, float* y, size_t n) {
@@ -221,11 +232,14 @@ void float_rows(const uint8_t* weights, size_t columns, const float* x, size_t x
                 sums[n][1] += b * load(inputs[n] + i + kLanes);
             }
         }
-        for (size_t n = 0; n < N; ++n) {
-            float sum = total(sums[n][0] + sums[n][1]);
-            for (size_t rest = i; rest < columns; ++rest) sum += load_one<Kind>(weight, rest) * inputs[n][rest];
-            out[tokens.target(token + n) * stride + row] = sum;
+        for (; i < columns; i += kLanes) {
+            const size_t rest = std::min(kLanes, columns - i);
+            uint8_t held[kLanes * size] = {};
+            std::memcpy(held, weight + i * size, rest * size);
+            const Vec a = load_as<Kind>(held, 0);
+            for (size_t n = 0; n < N; ++n) sums[n][0] += a * load_some(inputs[n] + i, rest);
         }
+        for (size_t n = 0; n < N; ++n) out[tokens.target(token + n) * stride + row] = total(sums[n][0] + sums[n][1]);
     }
 }
 
@@ -280,12 +294,13 @@ void quantise(const float* x, size_t columns, size_t block, bool whole_row, int8
         int32_t rest = 0;
         size_t i = first;
         for (; i + kLanes <= last; i += kLanes) {
-            const Ints whole = Ints(load(x + i) * inverse + magic) - 0x4b400000;
+            const Ints found = Ints(load(x + i) * inverse + magic) - 0x4b400000;
+            const Ints whole = found > 127 ? 127 - Ints{} : found < -127 ? -127 - Ints{} : found;  // of a NaN too
             added += whole;
             store_codes(codes + i, whole);
         }
         for (; i < last; ++i) {
-            codes[i] = int8_t(std::lrintf(x[i] * inverse));
+            codes[i] = int8_t(std::lrintf(std::max(-127.0f, std::min(127.0f, x[i] * inverse))));
             rest += codes[i];
         }
         for (size_t lane = 0; lane < kLanes; ++lane) rest += added[lane];

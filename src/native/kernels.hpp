@@ -33,8 +33,9 @@ enum class FloatKind { f32, f16, bf16 };
 // that a vector holds one dimension of neighbouring positions; values lie by position, `[D]` each. Both are float16, or
 // int8 with float scales, one a position, behind the codes of a block.
 constexpr size_t kAttentionBlock = 32;
-constexpr size_t cache_block_bytes(size_t width, bool eight_bits) {
-    return kAttentionBlock * (eight_bits ? width + 4 : 2 * width);
+enum class CacheKind { f16, f32, int8 };
+constexpr size_t cache_block_bytes(size_t width, CacheKind kind) {
+    return kAttentionBlock * (kind == CacheKind::int8 ? width + 4 : (kind == CacheKind::f16 ? 2 : 4) * width);
 }
 
 // One key-value head of one sequence, and the queries that look at it.
@@ -46,7 +47,7 @@ struct Attention {
     const int32_t* last;    // [queries] one behind the last position it sees
     const uint8_t* keys;    // blocks, one behind another
     const uint8_t* values;
-    bool eight_bits;
+    CacheKind kind;
     float* work;  // attention_work(D, queries) floats
 };
 constexpr size_t attention_work(size_t width, size_t queries) {

@@ -60,6 +60,8 @@ _TRAINING = (
     "training.report_to",
 )
 
+_ENGINE = {"threads": "engine.threads", "numa-aware": "engine.numa_aware", "cache": "engine.cache"}
+
 SUBCOMMANDS: dict[str, Subcommand] = {
     "run": Subcommand(
         "run",
@@ -92,8 +94,18 @@ SUBCOMMANDS: dict[str, Subcommand] = {
             "max-new-tokens": "generation.max_new_tokens",
             "temperature": "generation.temperature",
             "top-k": "generation.top_k",
+            "top-p": "generation.top_p",
+            **_ENGINE,
+            "draft": "engine.draft",
         },
-        first=("generation.seed", "training.device"),
+        first=("generation.seed", "training.device", "engine.draft_tokens"),
+    ),
+    "bench": Subcommand(
+        "bench",
+        "Time a GGUF file here: prefill and decoding by threads, and their share of the machine's limits.",
+        (),
+        {"prefill": "bench.prefill", "decode": "bench.decode", "repeats": "bench.repeats", **_ENGINE},
+        word="bench.model",
     ),
     "export": Subcommand(
         "export",
@@ -201,6 +213,7 @@ _WORDS = {
     "teacher.remote.endpoint": "[URL | RECIPE.yaml]",
     "teacher.model": "[MODEL | RECIPE.yaml]",
     "output_dir": "[FOLDER]",
+    "bench.model": "[FILE.gguf | RUN]",
 }
 
 

@@ -34,6 +34,11 @@ def interpret_words(
     word, place = words[0], Path(words[0])
     if sub.word != "recipe" and not (place.suffix in _RECIPE and place.is_file()):
         return path, {sub.word: word}
+    if place.suffix == ".gguf" and sub.function == "eval_student" and path is None:
+        saved = run_recipe(place.parent)
+        if saved is None:
+            raise _no_rows(command, place)
+        return saved[0], {"output_dir": str(saved[1]), MODEL_KEYS[sub.function]: word}
     if sub.function == "inspect" and place.suffix not in _RECIPE[:2]:
         return path, {"export.input": word}
     if sub.function in MODEL_KEYS and place.suffix not in _RECIPE and not place.is_dir():
@@ -59,11 +64,15 @@ def _folder(command: str, sub: Subcommand, folder: Path, config: Path | None) ->
             f"{command}: {folder} is a folder and no run's (no recipe.yaml in it). Name a recipe, or a run."
         )
     if sub.function == "eval_student" and config is None:
-        raise ConfigError(
-            f"{command}: {folder} lies in no run's folder, so there are no held-out rows to score it on. Name the "
-            f"recipe they come from: `limbeck eval RECIPE.yaml --model {folder}`."
-        )
+        raise _no_rows(command, folder)
     return config, model
+
+
+def _no_rows(command: str, place: Path) -> ConfigError:
+    return ConfigError(
+        f"{command}: {place} lies in no run's folder, so there are no held-out rows to score it on. Name the "
+        f"recipe they come from: `limbeck eval RECIPE.yaml --model {place}`."
+    )
 
 
 def run_recipe(folder: Path) -> tuple[Path, Path] | None:

@@ -10,6 +10,7 @@ from pydantic import Field, PositiveInt, PrivateAttr, ValidationError, field_val
 from limbeck.config.base import OR_WORDS, ModelSource, Positive, Section, Seed, merged
 from limbeck.config.compress import CompressConfig
 from limbeck.config.data import DatasetConfig, TokenizerConfig
+from limbeck.config.engine import BenchConfig, EngineConfig
 from limbeck.config.moved import rewritten
 from limbeck.config.student import StudentConfig
 from limbeck.config.teacher import EnvironmentName, TeacherConfig
@@ -45,6 +46,9 @@ class GenerationConfig(Section):
     max_new_tokens: PositiveInt = Field(96, description="Tokens to write.")
     temperature: Annotated[float, Field(ge=0.0)] = Field(0.7, description="0 takes the likeliest token.")
     top_k: Annotated[int, Field(ge=0)] = Field(40, description="Sample among this many; 0: all.")
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        1.0, description="Sample among the fewest tokens whose probabilities add up to this."
+    )
     seed: Seed = Field(0, description="Seed of the sampling.")
     model: Path | None = Field(None, description="Folder of the model `limbeck generate` runs; default the student.")
 
@@ -139,6 +143,8 @@ class Recipe(Section):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="Held-out scores.")
     generation: GenerationConfig = Field(default_factory=GenerationConfig, description="Generated sample.")
     export: ExportConfig = Field(default_factory=ExportConfig, description="Export.")
+    engine: EngineConfig = Field(default_factory=EngineConfig, description="How GGUF files are run.")
+    bench: BenchConfig = Field(default_factory=BenchConfig, description="`limbeck bench`.")
     teacher_server: TeacherServerConfig = Field(
         default_factory=TeacherServerConfig, description="`limbeck teacher serve`."
     )

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -81,7 +82,7 @@ def score_model(
     """Score `model` on held-out rows, against `teacher` if there is one.
 
     Args:
-        model: a causal LM.
+        model: a causal LM, or what has `predictions` like `ScoredGguf`.
         rows: the held-out rows.
         byte_lengths: `[V]` bytes that each id of the tokenizer stands for.
         teacher: any teacher that has targets for the rows.
@@ -204,13 +205,9 @@ def _score_batch(
     labels = rows.labels.reshape(-1)
     valid = (labels != IGNORE).nonzero().squeeze(-1)
     totals = torch.zeros(_TOTALS, dtype=torch.float64)
-    clock = _now(model)
-    hidden, head = _hidden(model, rows, attention), OutputHead(model)
-    totals[3] += _now(model) - clock
-    for part in torch.split(valid, head.positions_in(_CHUNK_BYTES)) if len(valid) else ():
-        clock = _now(model)
-        log_q = head.log_probs(hidden[part.to(hidden.device)])
-        totals[3] += _now(model) - clock
+    own = getattr(model, "predictions", None)  # of a model that is none of torch's
+    for part, log_q, seconds in (own or partial(_predictions, model))(rows, valid, attention):
+        totals[3] += seconds
         target = labels[part]
         totals[0] += float(-log_q.gather(1, target.to(log_q.device)[:, None]).sum(dtype=torch.float64))
         totals[1] += float(lengths[target].sum())
@@ -218,6 +215,19 @@ def _score_batch(
         if view is not None:
             totals[4:] += view.compare(log_q, part)
     return totals
+
+
+def _predictions(
+    model: Any, rows: PackedRows, valid: torch.Tensor, attention: str
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
+    """Flat positions a part at a time, their log-probabilities `[n, V]`, and the seconds that took."""
+    clock = _now(model)
+    hidden, head = _hidden(model, rows, attention), OutputHead(model)
+    for part in torch.split(valid, head.positions_in(_CHUNK_BYTES)) if len(valid) else ():
+        log_q = head.log_probs(hidden[part.to(hidden.device)])
+        seconds = _now(model) - clock
+        yield part, log_q, seconds
+        clock = _now(model)
 
 
 def _prefix_bytes(rows: PackedRows, dummy_prefix: tuple[int, int] | None) -> int:

@@ -17,7 +17,12 @@ def write_sample(
     set_seed(settings.seed)
     inputs = tokenizer(settings.prompt, return_tensors="pt").to(model.device)
     sampling = (
-        {"do_sample": True, "temperature": settings.temperature, "top_k": settings.top_k}
+        {
+            "do_sample": True,
+            "temperature": settings.temperature,
+            "top_k": settings.top_k,
+            "top_p": settings.top_p,
+        }
         if settings.temperature > 0.0
         else {"do_sample": False}
     )

@@ -12,6 +12,8 @@ from limbeck.data.tokenizer import LoadedTokenizer, load_tokenizer, recipe_token
 from limbeck.errors import LimbeckError
 from limbeck.evaluation.suites import Subject, Suite, suites_of, table
 from limbeck.models import load_frozen, require_packing, verified_transform
+from limbeck.serving.model import is_gguf
+from limbeck.serving.scoring import ScoredGguf
 from limbeck.storage import atomic_write_text
 from limbeck.teachers.sources import scoring_source
 
@@ -46,6 +48,9 @@ def evaluate_recipe(recipe: Recipe, models: dict[str, str]) -> dict[str, dict[st
         if teacher is not None and teacher.model is not None:
             score("teacher", teacher.model)
         for name, folder in models.items():
+            if is_gguf(folder):
+                score(name, ScoredGguf(Path(folder), recipe.engine, tokenizer))
+                continue
             model = ModelSource(folder, None, remote_code)
             score(name, _load(model, tokenizer, recipe.training.device, attention, recipe.packed_dir))
     return results

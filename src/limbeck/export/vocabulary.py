@@ -13,20 +13,7 @@ from typing import Any
 from limbeck.data.tokenizer import is_byte_token, load_tokenizer
 from limbeck.errors import LimbeckError
 from limbeck.export.sentencepiece import adds_space, is_sentencepiece, scores
-
-_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_REST}"
-_QWEN2 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_REST}"
-_DIGITS = "digits, then GPT-2"
-#: How a tokenizer.json splits text, and whether a piece that is a token stays whole -> llama.cpp's name for both.
-_RULES: dict[tuple[str | None, bool], str] = {
-    ("GPT-2", False): "gpt-2",
-    (_LLAMA3, True): "llama-bpe",
-    (_LLAMA3, False): "dbrx",
-    (_QWEN2, False): "qwen2",
-    (_DIGITS, False): "refact",
-}
+from limbeck.export.splitting import DIGITS, GPT2, RULES
 
 #: Names of files in which llama.cpp treats special tokens in another way than it does elsewhere.
 _NAMED_AFTER = re.compile(r"(phi)-?(3)|(modern)-(bert)", re.IGNORECASE)
@@ -56,8 +43,8 @@ def splitting_rule(tokenizer: dict[str, Any]) -> str:
     if normalizer is not None and normalizer.get("type") != "NFC":
         raise LimbeckError(f"the tokenizer normalises text by {normalizer.get('type')}, which llama.cpp does not.")
     whole, pattern = bool(tokenizer["model"].get("ignore_merges")), _pattern(parts, byte_level)
-    if (pattern, whole) in _RULES:
-        return _RULES[pattern, whole]
+    if (pattern, whole) in RULES:
+        return RULES[pattern, whole]
     raise LimbeckError(
         f"the tokenizer splits text by {pattern or names} and has ignore_merges: {str(whole).lower()}, a rule that "
         "GGUF export has no llama.cpp name for."
@@ -68,12 +55,12 @@ def _pattern(parts: list[dict[str, Any]], byte_level: dict[str, Any]) -> str | N
     """By what a byte-level BPE splits text: a regular expression, or the name of one; None where neither is known."""
     by_words = byte_level.get("use_regex", True)
     if len(parts) == 1:
-        return "GPT-2" if by_words else None
+        return GPT2 if by_words else None
     first = parts[0]
     if len(parts) > 2 or parts[1] is not byte_level:
         return None
     if first.get("type") == "Digits" and first.get("individual_digits") and by_words:
-        return _DIGITS
+        return DIGITS
     isolated = first.get("behavior", "Isolated") == "Isolated" and not first.get("invert")
     if first.get("type") == "Split" and isolated and not by_words:
         found: str | None = first.get("pattern", {}).get("Regex")

@@ -14,8 +14,7 @@ constexpr size_t kQueriesAtOnce =
 // Blocks of keys and of values, each head's in one stream; the layouts are those of `Attention`.
 class KvState : public State {
  public:
-    KvState(size_t heads, size_t width, bool eight_bits)
-        : keys_(heads), values_(heads), width_(width), eight_bits_(eight_bits) {}
+    KvState(size_t heads, size_t width, CacheKind kind) : keys_(heads), values_(heads), width_(width), kind_(kind) {}
 
     std::unique_ptr<State> copy() const override { return std::make_unique<KvState>(*this); }
     void reserve(size_t length) override {
@@ -46,30 +45,36 @@ class KvState : public State {
     }
 
  private:
-    size_t block_bytes() const { return cache_block_bytes(width_, eight_bits_); }
+    size_t block_bytes() const { return cache_block_bytes(width_, kind_); }
 
     // `width` numbers of one position, the first at `step` times its place in the block, `stride` apart.
     void write(std::vector<uint8_t>& stream, size_t position, size_t step, size_t stride, const float* from) {
         uint8_t* block = stream.data() + position / kAttentionBlock * block_bytes();
         const size_t place = position % kAttentionBlock;
-        if (eight_bits_) {
+        if (kind_ == CacheKind::int8) {
             int8_t codes[kLongestHead];
             float scale;
             int32_t sum;
             kernels().quantise(from, width_, width_, true, codes, &scale, &sum);
-            for (size_t d = 0; d < width_; ++d) block[place * step + d * stride] = uint8_t(codes[d]);
+            spread(codes, reinterpret_cast<int8_t*>(block) + place * step, stride);
             std::memcpy(block + kAttentionBlock * width_ + 4 * place, &scale, sizeof scale);
-        } else {
+        } else if (kind_ == CacheKind::f16) {
             uint16_t halves[kLongestHead];
             kernels().to_half(from, halves, width_);
-            uint16_t* to = reinterpret_cast<uint16_t*>(block);
-            for (size_t d = 0; d < width_; ++d) to[place * step + d * stride] = halves[d];
+            spread(halves, reinterpret_cast<uint16_t*>(block) + place * step, stride);
+        } else {
+            spread(from, reinterpret_cast<float*>(block) + place * step, stride);
         }
+    }
+
+    template <class T>
+    void spread(const T* from, T* to, size_t stride) const {
+        for (size_t d = 0; d < width_; ++d) to[d * stride] = from[d];
     }
 
     std::vector<std::vector<uint8_t>> keys_, values_;
     size_t width_;
-    bool eight_bits_;
+    CacheKind kind_;
 };
 
 KvState& kv_of(const Span& span, size_t slot) { return static_cast<KvState&>(*(*span.states)[slot]); }
@@ -138,10 +143,8 @@ size_t AttentionLayer::memory(size_t tokens, int threads) const {
 }
 
 std::unique_ptr<State> AttentionLayer::state() const {
-    return std::make_unique<KvState>(shape_.kv_heads, shape_.head_width, shape_.eight_bits);
+    return std::make_unique<KvState>(shape_.kv_heads, shape_.head_width, shape_.cache);
 }
-
-size_t AttentionLayer::weight_bytes(bool) const { return q_.bytes() + k_.bytes() + v_.bytes() + out_.bytes(); }
 
 // Head number `head` of one token, counted through queries, keys and values: bias, norm, rotation, cache.
 void AttentionLayer::prepare_heads(const Step& step, size_t slot, size_t token, size_t head, float* row) const {
@@ -194,7 +197,7 @@ void AttentionLayer::attend(Worker& worker, const Step& step, size_t slot, const
                     first[i] = shape_.window ? std::max(0, last[i] - int32_t(shape_.window)) : 0;
                 }
                 kernels().attend({count * group, width, q, out, first, last, cache.keys_of(kv), cache.values_of(kv),
-                                  shape_.eight_bits, work});
+                                  shape_.cache, work});
                 for (size_t i = 0; i < count * group; ++i) {
                     const size_t token = span.first + begin + i / group, head = kv * group + i % group;
                     float* to = buffers.mixed.row(token) + head * width;

@@ -12,12 +12,12 @@ struct AttentionShape {
     size_t width;            // of the hidden state
     size_t heads, kv_heads;  // each key-value head serves heads / kv_heads neighbouring query heads
     size_t head_width;
-    float eps = 1e-6f;        // of the norms of queries and keys
-    float scale = 0;          // of scores; 0: 1 / sqrt(head_width)
-    size_t window = 0;        // positions that a token sees, itself included; 0: all
-    int rope = -1;            // which of the model's ropes; -1: none
-    bool gated = false;       // q rows are query and gate by head; the output is multiplied by sigmoid(gate)
-    bool eight_bits = false;  // cache int8 instead of float16
+    float eps = 1e-6f;   // of the norms of queries and keys
+    float scale = 0;     // of scores; 0: 1 / sqrt(head_width)
+    size_t window = 0;   // positions that a token sees, itself included; 0: all
+    int rope = -1;       // which of the model's ropes; -1: none
+    bool gated = false;  // q rows are query and gate by head; the output is multiplied by sigmoid(gate)
+    CacheKind cache = CacheKind::f16;
 };
 
 class AttentionLayer : public Sublayer {
@@ -30,7 +30,7 @@ class AttentionLayer : public Sublayer {
     size_t memory(size_t tokens, int threads) const override;
     void run(Worker& worker, const Step& step, size_t slot, Frame frame, const Rows& in, float* out) const override;
     std::unique_ptr<State> state() const override;
-    size_t weight_bytes(bool active) const override;
+    Load load() const override { return load_of({&q_, &k_, &v_, &out_}); }
 
  private:
     struct Buffers;

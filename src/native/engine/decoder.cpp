@@ -1,6 +1,7 @@
 #include "decoder.hpp"
 
 #include <algorithm>
+#include <cmath>
 
 namespace limbeck {
 
@@ -63,10 +64,10 @@ size_t Decoder::memory(size_t tokens, int threads) const {
     return counting.used();
 }
 
-size_t Decoder::weight_bytes_a_token() const {
-    size_t bytes = head().bytes();
-    for (const Branch& branch : branches_) bytes += branch.sublayer->weight_bytes(true);
-    return bytes;
+Load Decoder::load() const {
+    Load load = load_of({&head()});
+    for (const Branch& branch : branches_) load += branch.sublayer->load();
+    return load;
 }
 
 void Decoder::embed(size_t token, float* to) const {
@@ -118,9 +119,12 @@ void Decoder::run(Worker& worker, Step& step, uint8_t* memory, const std::vector
     worker.barrier();
     multiply(worker, {Product(head(), 0, buffers.last, Tokens{rows.size()}, logits, shape_.vocabulary)});
     worker.barrier();
-    if (shape_.logit_scale == 1) return;
-    for (size_t i = first_row * shape_.vocabulary; i < last_row * shape_.vocabulary; ++i)
+    if (shape_.logit_scale == 1 && shape_.logit_cap == 0) return;
+    const float cap = shape_.logit_cap;
+    for (size_t i = first_row * shape_.vocabulary; i < last_row * shape_.vocabulary; ++i) {
         logits[i] *= shape_.logit_scale;
+        if (cap > 0) logits[i] = cap * std::tanh(logits[i] / cap);
+    }
     worker.barrier();
 }
 
@@ -135,6 +139,7 @@ CommonShape common_shape(Weights& weights, const std::string& architecture) {
     shape.decoder.vocabulary = table->shape[1];
     shape.decoder.layers = file.whole(key + "block_count");
     shape.decoder.eps = float(file.real(key + "attention.layer_norm_rms_epsilon", 1e-6));
+    shape.decoder.logit_cap = float(file.real(key + "final_logit_softcapping", 0));
     shape.heads = file.whole(key + "attention.head_count");
     shape.kv_heads = file.whole(key + "attention.head_count_kv", shape.heads);
     const size_t width = shape.decoder.width;

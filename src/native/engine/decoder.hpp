@@ -15,6 +15,7 @@ struct DecoderShape {
     size_t width = 0, vocabulary = 0, layers = 0;
     float eps = 1e-6f;
     float embedding_scale = 1, residual_scale = 1, logit_scale = 1;
+    float logit_cap = 0;  // c of c tanh(logit / c); 0: none
 };
 
 class Decoder : public Model {
@@ -29,7 +30,7 @@ class Decoder : public Model {
     size_t memory(size_t tokens, int threads) const override;
     void run(Worker& worker, Step& step, uint8_t* memory, const std::vector<size_t>& rows,
              float* logits) const override;
-    size_t weight_bytes_a_token() const override;
+    Load load() const override;
 
  private:
     struct Buffers;

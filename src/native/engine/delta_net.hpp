@@ -27,7 +27,7 @@ class DeltaNetLayer : public Sublayer {
     size_t memory(size_t tokens, int threads) const override;
     void run(Worker& worker, const Step& step, size_t slot, Frame frame, const Rows& in, float* out) const override;
     std::unique_ptr<State> state() const override;
-    size_t weight_bytes(bool) const override { return qkv_.bytes() + gate_.bytes() + rates_.bytes() + out_.bytes(); }
+    Load load() const override { return load_of({&qkv_, &gate_, &rates_, &out_}); }
 
  private:
     struct Buffers;

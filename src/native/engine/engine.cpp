@@ -41,6 +41,13 @@ int64_t Engine::fork(int64_t sequence) {
     return next_++;
 }
 
+bool Engine::can_truncate() const {
+    for (const auto& state : model_->new_states()) {
+        if (state && !state->can_truncate()) return false;
+    }
+    return true;
+}
+
 bool Engine::truncate(int64_t sequence, size_t length) {
     std::lock_guard<std::mutex> lock(mutex_);
     Sequence& found = at(sequence);

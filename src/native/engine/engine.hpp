@@ -30,12 +30,13 @@ class Engine {
     const GgufFile& file() const { return file_; }
     const ModelInfo& info() const { return model_->info; }
     Pool& pool() { return pool_; }
-    size_t weight_bytes_a_token() const { return model_->weight_bytes_a_token(); }
+    Load load() const { return model_->load(); }  // of one token
 
     int64_t create();
     void drop(int64_t sequence);
     int64_t fork(int64_t sequence);
-    bool truncate(int64_t sequence, size_t length);  // false where the model's memory can not go back
+    bool can_truncate() const;                       // the model's memory can go back
+    bool truncate(int64_t sequence, size_t length);  // false where it can not
     size_t length(int64_t sequence) const;
     size_t bytes(int64_t sequence) const;
 

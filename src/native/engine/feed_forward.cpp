@@ -117,10 +117,11 @@ size_t Experts::memory(size_t tokens, int threads) const {
     return counting.used();
 }
 
-size_t Experts::weight_bytes(bool active) const {
-    const size_t all = gate_.bytes() + up_.bytes() + down_.bytes();
-    return router_.bytes() + latent_in_.bytes() + latent_out_.bytes() +
-           (active ? all * shape_.used / shape_.experts : all) + (shared_ ? shared_->weight_bytes(active) : 0);
+Load Experts::load() const {
+    Load load = load_of({&router_, &latent_in_, &latent_out_});
+    load += load_of({&gate_, &up_, &down_}, shape_.used, shape_.experts);
+    if (shared_) load += shared_->load();
+    return load;
 }
 
 // Softmax over all experts, the largest `used` of them, in the order of torch.topk.

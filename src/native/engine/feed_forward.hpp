@@ -20,7 +20,7 @@ class DenseFeedForward : public Sublayer {
     unsigned forms() const override { return up_.form() | (gate_.empty() ? 0 : gate_.form()); }
     size_t memory(size_t tokens, int threads) const override;
     void run(Worker& worker, const Step& step, size_t slot, Frame frame, const Rows& in, float* out) const override;
-    size_t weight_bytes(bool) const override { return gate_.bytes() + up_.bytes() + down_.bytes(); }
+    Load load() const override { return load_of({&gate_, &up_, &down_}); }
 
  private:
     struct Buffers;
@@ -48,7 +48,7 @@ class Experts : public Sublayer {
     unsigned forms() const override;
     size_t memory(size_t tokens, int threads) const override;
     void run(Worker& worker, const Step& step, size_t slot, Frame frame, const Rows& in, float* out) const override;
-    size_t weight_bytes(bool active) const override;
+    Load load() const override;
 
  private:
     struct Buffers;

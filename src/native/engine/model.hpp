@@ -11,7 +11,7 @@
 namespace limbeck {
 
 struct ModelOptions {
-    bool eight_bit_cache = false;
+    CacheKind cache = CacheKind::f16;
 };
 
 // What is known of a model without its weights.
@@ -29,7 +29,7 @@ class Model {
     // Hidden states of all tokens, then logits `[rows.size(), V]` of those that are asked for. Every thread calls it.
     virtual void run(Worker& worker, Step& step, uint8_t* memory, const std::vector<size_t>& rows,
                      float* logits) const = 0;
-    virtual size_t weight_bytes_a_token() const = 0;
+    virtual Load load() const = 0;  // of one token
 
     ModelInfo info;
 };

@@ -40,6 +40,25 @@ struct Step {
     std::vector<const float*> rotations;  // of each Rope of the model: [tokens, 2, dimensions / 2], cosines then sines
 };
 
+// What a token costs: bytes of weights that it reads, and weights that it is multiplied with.
+struct Load {
+    size_t bytes = 0, weights = 0;
+
+    Load& operator+=(const Load& other) {
+        bytes += other.bytes;
+        weights += other.weights;
+        return *this;
+    }
+};
+inline Load load_of(std::initializer_list<const Matrix*> matrices, size_t used = 1, size_t of = 1) {
+    Load load;
+    for (const Matrix* matrix : matrices) {
+        load.bytes += matrix->bytes() * used / of;
+        load.weights += matrix->matrices() * matrix->rows() * matrix->columns() * used / of;
+    }
+    return load;
+}
+
 // A part of a model: rows of the hidden state in, rows of the same width out. Every thread of the pool calls `run` with
 // the same arguments; it ends with a barrier. `frame` is memory that all threads share; each lays it out alike.
 class Sublayer {
@@ -49,7 +68,7 @@ class Sublayer {
     virtual size_t memory(size_t tokens, int threads) const = 0;
     virtual void run(Worker& worker, const Step& step, size_t slot, Frame frame, const Rows& in, float* out) const = 0;
     virtual std::unique_ptr<State> state() const { return nullptr; }
-    virtual size_t weight_bytes(bool active) const = 0;  // all, or those that one token reads
+    virtual Load load() const = 0;  // of one token
 };
 
 }  // namespace limbeck

@@ -27,7 +27,7 @@ std::unique_ptr<Model> build(Weights& weights, const std::string& architecture, 
     model->add_rope(rope_of(weights, architecture, shape.head_width, style.neighbours));
     const size_t experts = file.whole(key + "expert_count", 0);
     AttentionShape attention{shape.decoder.width, shape.heads, shape.kv_heads, shape.head_width, shape.decoder.eps};
-    attention.eight_bits = options.eight_bit_cache;
+    attention.cache = options.cache;
     attention.scale = float(file.real(key + "attention.scale", 0));
     attention.window = file.whole(key + "attention.sliding_window", 0);
     for (size_t layer = 0; layer < shape.decoder.layers; ++layer) {

@@ -40,7 +40,7 @@ std::unique_ptr<Model> build_qwen3next(Weights& weights, const std::string& arch
     AttentionShape attention{width, shape.heads, shape.kv_heads, shape.head_width, shape.decoder.eps};
     attention.rope = 0;
     attention.gated = true;
-    attention.eight_bits = options.eight_bit_cache;
+    attention.cache = options.cache;
     for (size_t layer = 0; layer < shape.decoder.layers; ++layer) {
         const std::string prefix = block_prefix(layer);
         std::unique_ptr<Sublayer> mixer;

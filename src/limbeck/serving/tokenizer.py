@@ -1,0 +1,155 @@
+"""A GGUF file's own tokenizer, on the `tokenizers` library: no other file is needed to run a model.
+
+The one idea: the file holds tokens, merges or scores, and the name of a splitting rule; that is a tokenizer.json in
+other words, so it is turned back into one. A rule that is not known is refused: every id after it would be wrong.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from limbeck.errors import LimbeckError
+from limbeck.export.splitting import DIGITS, GPT2, RULES, rule_named
+
+_SPACE = "▁"
+_NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  # GGUF's types of tokens
+
+
+class GgufTokenizer:
+    """Text to ids and back, as the file's metadata have it.
+
+    Args:
+        metadata: a file's keys and values.
+        name: how a message calls the file.
+
+    Attributes:
+        size: tokens in the vocabulary.
+        bos, eos: ids at a text's begin and end; None where the file names none.
+        stops: ids that end a generation.
+
+    Raises:
+        LimbeckError: the file has no tokenizer, or one of a kind that is not known here.
+    """
+
+    def __init__(self, metadata: dict[str, Any], name: str) -> None:
+        self._meta, self._name = metadata, name
+        self.tokens: list[str] = self._get("tokens")
+        self._types: list[int] = metadata.get("tokenizer.ggml.token_type") or [_NORMAL] * len(self.tokens)
+        self.size = len(self.tokens)
+        self.bos, self.eos = self._id("bos"), self._id("eos")
+        ends = [self.eos, self._id("eot"), self._id("eom")]
+        self.stops = frozenset(number for number in ends if number is not None)
+        self._adds_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", self._get("model") == "llama"))
+        self._fast = self._build()
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja template of conversations, where the file has one."""
+        found = self._meta.get("tokenizer.chat_template")
+        return None if found is None else str(found)
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Ids of a text; with `special`, the file's begin-of-text before it, and special tokens in it are found."""
+        ids: list[int] = self._fast.encode(text, add_special_tokens=False).ids
+        first = [self.bos] if special and self._adds_bos and self.bos is not None else []
+        return [*first, *ids]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, without special tokens."""
+        text: str = self._fast.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def pieces(self, ids: Iterator[int], before: Sequence[int] = ()) -> Iterator[str]:
+        """The texts that ids add, one by one; an id that ends in the middle of a character adds nothing yet.
+
+        Args:
+            ids: as they come.
+            before: what stands before them, and decides on a first space.
+        """
+        told, new = list(before), []  # what was told last begins and ends with whole characters
+        shown = len(self.decode(told))
+        for number in ids:
+            new.append(number)
+            text = self.decode([*told, *new])
+            if text.endswith("�"):
+                continue
+            yield text[shown:]
+            told, new = new, []
+            shown = len(self.decode(told))
+        if new:
+            yield self.decode([*told, *new])[shown:]
+
+    def _get(self, key: str) -> Any:
+        found = self._meta.get(f"tokenizer.ggml.{key}")
+        if found is None:
+            raise LimbeckError(f"{self._name} has no tokenizer.ggml.{key}; it cannot be given text.")
+        return found
+
+    def _id(self, name: str) -> int | None:
+        found = self._meta.get(f"tokenizer.ggml.{name}_token_id")
+        return int(found) if found is not None and 0 <= int(found) < self.size else None
+
+    def _build(self) -> Any:
+        from tokenizers import AddedToken
+
+        kind = self._get("model")
+        if kind not in ("gpt2", "llama"):
+            raise LimbeckError(
+                f"{self._name} has a tokenizer of kind {kind!r}; gpt2 (byte-level BPE) and llama are read."
+            )
+        fast = self._byte_level() if kind == "gpt2" else self._sentencepiece()
+        added = [(number, kind) for number, kind in enumerate(self._types) if kind in (_CONTROL, _USER, _UNKNOWN)]
+        for special in (True, False):
+            tokens = [
+                AddedToken(self.tokens[number], special=special, normalized=False)
+                for number, kind in added
+                if (kind != _USER) == special
+            ]
+            (fast.add_special_tokens if special else fast.add_tokens)(tokens)
+        return fast
+
+    def _byte_level(self) -> Any:
+        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+        rule = rule_named(str(self._meta.get("tokenizer.ggml.pre", "default")))
+        if rule is None:
+            known = ", ".join(RULES.values())
+            raise LimbeckError(
+                f"{self._name} splits text by llama.cpp's rule {self._meta['tokenizer.ggml.pre']!r}; {known} are known."
+            )
+        pattern, whole = rule
+        merges = [tuple(merge.split(" ", 1)) for merge in self._meta.get("tokenizer.ggml.merges", [])]
+        vocab = {token: number for number, token in enumerate(self.tokens)}
+        fast = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=whole))
+        by_words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern in (GPT2, DIGITS))
+        if pattern == GPT2:
+            fast.pre_tokenizer = by_words
+        elif pattern == DIGITS:
+            fast.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), by_words])
+        else:
+            split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+            fast.pre_tokenizer = pre_tokenizers.Sequence([split, by_words])
+        fast.decoder = decoders.ByteLevel()
+        return fast
+
+    def _sentencepiece(self) -> Any:
+        from tokenizers import Tokenizer, decoders, models, normalizers
+
+        scores: list[float] = self._get("scores")
+        vocab = {token: number for number, token in enumerate(self.tokens)}
+        made: list[tuple[float, int, tuple[str, str]]] = []
+        for number, token in enumerate(self.tokens):
+            if self._types[number] != _NORMAL:
+                continue
+            for cut in range(1, len(token)):
+                if token[:cut] in vocab and token[cut:] in vocab:
+                    made.append((-scores[number], number, (token[:cut], token[cut:])))
+        made.sort(key=lambda entry: entry[:2])
+        unknown = next((token for token, kind in zip(self.tokens, self._types, strict=True) if kind == _UNKNOWN), None)
+        merges = [pair for _, _, pair in made]
+        fast = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+        prepends = bool(self._meta.get("tokenizer.ggml.add_space_prefix", True))
+        steps: list[Any] = [normalizers.Prepend(_SPACE)] if prepends else []
+        fast.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
+        back: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+        fast.decoder = decoders.Sequence([*back, *([decoders.Strip(" ", 1, 0)] if prepends else [])])
+        return fast
