@@ -55,7 +55,7 @@ def model_file(name: str, kind: str) -> Path:
         scale = np.float16(0.7 / np.sqrt(columns))
         block = reference.BLOCKS[kind].columns
         scales = np.full((rows, columns // block), scale, np.float16).view(np.uint16)
-        writer.add_tensor(tensor, reference.pack(kind, codes, scales), raw_dtype=getattr(types, kind.upper()))
+        writer.add_tensor(tensor, reference.pack_blocks(kind, codes, scales), raw_dtype=getattr(types, kind.upper()))
 
     table = rng.normal(0.0, 0.02, (VOCABULARY, width)).astype(np.float32)
     writer.add_tensor("token_embd.weight", gguf.quants.quantize(table, types.Q8_0), raw_dtype=types.Q8_0)

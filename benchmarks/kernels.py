@@ -36,7 +36,7 @@ class Ours:
         rng = np.random.default_rng(0)
         codes = rng.integers(-1, 2, (rows, columns)).astype(np.int16)
         scales = np.full((rows, columns // 256), 0.01, np.float16).view(np.uint16)
-        blocks = kernels.pack("tq2_0", codes, scales)
+        blocks = kernels.pack_blocks("tq2_0", codes, scales)
         self.weights = kernels.Weights("tq2_0", np.broadcast_to(blocks, (copies, *blocks.shape)).copy(), self.pool)
         self.x = rng.normal(0.0, 1.0, (tokens, columns)).astype(np.float32)
 
@@ -75,7 +75,7 @@ class Ggml:
         memory = (size + 1024) * copies + products * (rows * tokens * 4 + 1024) + columns * tokens * 8 + (64 << 20)
         self.context = base.ggml_init(_InitParams(memory, None, False))
         self.threads, self.products = threads, products
-        blocks = native().pack(
+        blocks = native().pack_blocks(
             "tq2_0",
             np.random.default_rng(0).integers(-1, 2, (rows, columns)).astype(np.int16),
             np.full((rows, columns // 256), 0.01, np.float16).view(np.uint16),

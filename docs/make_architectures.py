@@ -4,8 +4,9 @@
     python docs/make_architectures.py llama gpt2 # prints some rows
 
 A cell is the outcome of a real attempt: a teacher gives targets, a student takes two steps against a teacher and is
-loaded again with the same logits, a ternary one does the same, and a GGUF file is written and read back (and run
-through llama.cpp where that is installed). A refusal is quoted; anything else that goes wrong ends the script.
+loaded again with the same logits, a ternary one does the same, and a GGUF file is written, read back and run through
+our engine, and through llama.cpp where that is installed. A refusal is quoted; anything else that goes wrong ends the
+script.
 """
 
 import contextlib
@@ -26,10 +27,12 @@ from limbeck.config import TernaryConfig
 from limbeck.data.tokenizer import load_tokenizer
 from limbeck.errors import LimbeckError
 from limbeck.export.architectures.base import architecture
+from limbeck.export.architectures.own import OWN
 from limbeck.export.disk import DiskTensors
 from limbeck.export.gguf import GGUFExport
 from limbeck.export.verify import weights_equal
 from limbeck.models import keeps_documents_apart, load_causal_lm
+from limbeck.serving.model import GgufModel
 from limbeck.students.build import make_ternary
 from limbeck.students.weights_file import rename_weights
 
@@ -54,7 +57,7 @@ SHAPES = {
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_inner": 64},
     "gpt_neox": {**BASE, "num_key_value_heads": None},
     "mamba": {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 8},
-    "retnet_hrm": {**BASE, "num_key_value_heads": None, "H_cycles": 2, "L_cycles": 2, "memory": True},
+    "retnet_hrm": {**BASE, "num_key_value_heads": None, "H_cycles": 2, "L_cycles": 2},
     "mhc_llama": {**BASE, "mhc_streams": 3},
     "compressed_qwen3_moe": {**EXPERTS, "expert_layers": [{"method": "latent", "rank": 64},
                                                           {"method": "shared_core", "rank": 8}]},
@@ -145,7 +148,7 @@ def as_ternary(model_type: str) -> str:
 
 
 def to_gguf(model_type: str) -> str:
-    """Written, read back, and run where llama.cpp is installed."""
+    """Written, read back, and run."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "m"
         model = new_model(model_type)
@@ -158,26 +161,40 @@ def to_gguf(model_type: str) -> str:
         found = export.write(Path(name) / "m.gguf")
         if wrong := weights_equal(export, Path(name) / "m.gguf"):
             raise RuntimeError(f"{model_type}: {wrong[0]} differs in the file")
-        if find_spec("llama_cpp") is not None:
-            _run_llama_cpp(model, Path(name) / "m.gguf")
+        runners = {"limbeck's engine": _by_engine}
+        if find_spec("llama_cpp") is not None and not export.layout.architecture.name.startswith(OWN):
+            runners["llama.cpp"] = _by_llama_cpp
+        for who, logits in runners.items():
+            _compare(model, Path(name) / "m.gguf", who, logits)
         kind = export.layout.choose(DiskTensors(folder))
         return f"yes ({export.layout.architecture.name}, {kind})" if found else "no"
 
 
-def _run_llama_cpp(model, path: Path) -> None:
+IDS = list(range(5, 25))
+
+
+def _by_llama_cpp(path: Path) -> torch.Tensor:
     import numpy as np
     from llama_cpp import Llama
 
-    ids = list(range(5, 25))
     llama = Llama(str(path), n_ctx=64, n_batch=64, logits_all=True, verbose=False)
-    llama.eval(ids)
-    theirs = torch.from_numpy(np.array(llama.scores[: len(ids)], dtype=np.float32)).log_softmax(-1)
+    llama.eval(IDS)
+    found = torch.from_numpy(np.array(llama.scores[: len(IDS)], dtype=np.float32))
     llama.close()
+    return found
+
+
+def _by_engine(path: Path) -> torch.Tensor:
+    return torch.from_numpy(GgufModel(path).line().extend(IDS, every=True))
+
+
+def _compare(model, path: Path, who: str, logits: Callable[[Path], torch.Tensor]) -> None:
+    theirs = logits(path).log_softmax(-1)
     with torch.no_grad():
-        ours = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float().log_softmax(-1)
+        ours = model(input_ids=torch.tensor([IDS]), use_cache=False).logits[0].float().log_softmax(-1)
     kl = float((ours.exp() * (ours - theirs)).sum(-1).mean())
     if kl > 0.01:
-        raise RuntimeError(f"{path}: llama.cpp computes something else (KL {kl:.4f})")
+        raise RuntimeError(f"{path}: {who} computes something else (KL {kl:.4f})")
 
 
 COLUMNS: dict[str, Callable[[str], str]] = {
@@ -204,8 +221,9 @@ PAGE = """# Architectures
 What transformers calls `model_type`, and what limbeck does with it: each cell was tried with tiny random weights by
 `python docs/make_architectures.py`, which wrote this page. A teacher gives targets; a student takes steps against a
 teacher and is loaded again with the same logits; a ternary one too, with every matrix between hidden states (GPT-2's
-`Conv1D` among them); a GGUF file is read back equal, and llama.cpp computes with it what torch does. Other causal LMs
-of transformers go the same ways: the model itself is asked whether it is causal and keeps documents apart.
+`Conv1D` among them); a GGUF file is read back equal, and limbeck's engine and llama.cpp (which refuses `limbeck-…` by
+name) compute with it what torch does. Other causal LMs of transformers go the same ways: the model itself is asked
+whether it is causal and keeps documents apart.
 
 {table}
 

@@ -191,3 +191,82 @@ def test_mutated_files_are_refused_or_run(files, tmp_path, seed):
     loaded, refused = (int(word) for word in found.stdout.replace(":", " ").split() if word.isdigit() and word != "150")
     assert loaded > 5
     assert refused > 50
+
+
+# Students of our own, whose GGUF architectures only this engine knows.
+
+OWN_CASES = {
+    "mhc_llama": {**CASES["llama"], "model_type": "mhc_llama", "mhc_streams": 3, "mhc_form": "dynamic"},
+    "mhc_qwen3": {**CASES["qwen3"], "model_type": "mhc_qwen3", "mhc_streams": 2, "mhc_form": "static"},
+    "mhc_qwen3_moe": {**CASES["qwen3moe"], "model_type": "mhc_qwen3_moe", "mhc_streams": 4, "mhc_form": "dynamic"},
+    "latent": {
+        **CASES["qwen3moe"], "model_type": "compressed_qwen3_moe",
+        "expert_layers": [{"method": "latent", "rank": 24}] * 2,
+    },
+    "mixed": {
+        **CASES["qwen3moe"], "model_type": "compressed_qwen3_moe",
+        "expert_layers": [{"method": "shared_core", "rank": 8}, {"method": "prune", "experts": 3}],
+    },
+    "core_delta": {
+        **CASES["qwen3next"], "model_type": "compressed_qwen3_next",
+        "expert_layers": [{"method": "core_delta", "rank": 16}, {"method": "latent", "rank": 32}] * 2,
+    },
+    "retnet": {
+        "model_type": "retnet_hrm", "hidden_size": 96, "intermediate_size": 144, "num_hidden_layers": 2,
+        "num_attention_heads": 6, "value_expansion": 2, "rms_norm_eps": 0.03,
+    },
+    "retnet-hrm": {
+        "model_type": "retnet_hrm", "hidden_size": 96, "intermediate_size": 144, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "value_expansion": 1, "H_cycles": 2, "L_cycles": 2, "segments": 2,
+        "rms_norm_eps": 0.03, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OWN_CASES)
+def test_our_own_architectures_logits_are_transformers(tmp_path, case):
+    model = lively_model(4, **OWN_CASES[case])
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "mhc_" in name:  # which begin as no mixing at all
+                p.copy_(
+                    torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)))
+                    * (0.5 if p.ndim == 1 else 0.05)
+                )
+    folder = save_model(model, tmp_path / "final")
+    GGUFExport(folder, "f16", "f16").write(tmp_path / "m.gguf")
+    with torch.no_grad():
+        loaded = load_causal_lm(str(folder), dtype="float32").eval()
+        wanted = loaded(input_ids=IDS[None], use_cache=False).logits[0].float().numpy()
+    engine = _native.Engine(str(tmp_path / "m.gguf"), 2, cache="f32")
+    assert engine.architecture.startswith("limbeck-")
+    line, found = prefill(engine)
+    print(case, np.quantile(away(found, wanted), [0.0, 0.5, 0.8, 1.0]))
+    assert np.quantile(away(found, wanted), 0.8) < 1e-2
+    other = engine.create()
+    singly = np.concatenate([engine.forward([(other, [token], False)]) for token in IDS.tolist()])
+    np.testing.assert_array_equal(singly, found)
+    if case.startswith("retnet"):
+        assert engine.bytes(line) == engine.bytes(engine.create())
+        assert not engine.can_truncate
+
+
+@pytest.mark.parametrize("case", ["mhc", "cores", "retnet"])
+def test_our_own_ternary_students_run(tmp_path, case):
+    """Ternary matrices of cores, latent experts and retention: int8 activations as in training."""
+    wide = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 64}
+    settings = {
+        "mhc": {**OWN_CASES["mhc_llama"], **wide},
+        "cores": {**OWN_CASES["mixed"], **wide, "moe_intermediate_size": 256, "num_key_value_heads": 2},
+        "retnet": {**OWN_CASES["retnet-hrm"], **wide, "segments": 1},
+    }[case]
+    model = lively_model(5, **{key: value for key, value in settings.items() if case != "retnet" or key != "head_dim"})
+    make_ternary(model, TernaryConfig(group_size=256, activation_bits=8))
+    folder = save_model(model, tmp_path / "final")
+    assert GGUFExport(folder, "auto", "f16").write(tmp_path / "m.gguf")["type"] == "tq2_0"
+    with torch.no_grad():
+        loaded = load_causal_lm(str(folder), dtype="float32").eval()
+        wanted = loaded(input_ids=IDS[None], use_cache=False).logits[0].float().numpy()
+    _, found = prefill(_native.Engine(str(tmp_path / "m.gguf"), 2, cache="f32"))
+    assert away(found, wanted)[:8].min() < 1e-5
+    assert np.median(away(found, wanted)) < 5e-2  # a state carries an activation's other code on

@@ -38,10 +38,10 @@ def int8_per(x: np.ndarray, width: int) -> np.ndarray:
 @pytest.mark.parametrize("name", TYPES)
 def test_blocks_are_those_of_the_gguf_package(name):
     codes, scales, weights = random_blocks(name, 7, 512)
-    packed = _native.pack(name, codes, scales.view(np.uint16))
-    assert np.array_equal(packed, reference.pack(name, codes, scales.view(np.uint16)))
-    assert np.array_equal(_native.unpack(name, packed), weights.astype(np.float32))
-    assert np.array_equal(reference.unpack(name, packed), weights.astype(np.float32))
+    packed = _native.pack_blocks(name, codes, scales.view(np.uint16))
+    assert np.array_equal(packed, reference.pack_blocks(name, codes, scales.view(np.uint16)))
+    assert np.array_equal(_native.unpack_blocks(name, packed), weights.astype(np.float32))
+    assert np.array_equal(reference.unpack_blocks(name, packed), weights.astype(np.float32))
     if name != "q2_0":  # the package does not know it yet
         theirs = gguf.quants.dequantize(packed, getattr(gguf.GGMLQuantizationType, name.upper()))
         assert np.array_equal(theirs, weights.astype(np.float32))
@@ -73,7 +73,7 @@ def _check_product(pool, name: str, rows: int, columns: int, ternary: bool) -> N
         share = 128 // reference.BLOCKS[name].columns
         scales = scales[:, ::share].repeat(share, axis=1) if ternary else scales
         weights = codes * scales.astype(np.float64).repeat(reference.BLOCKS[name].columns, axis=1)
-    packed = _native.pack(name, codes, scales.view(np.uint16))
+    packed = _native.pack_blocks(name, codes, scales.view(np.uint16))
     held = _native.Weights(name, packed[None], pool)
     two_bits = name not in ("q8_0", "q4_0") or (name == "q4_0" and ternary)
     assert held.kind.startswith("two_bits") == two_bits
@@ -107,7 +107,7 @@ def _check_largest(pool) -> None:
         kind = reference.BLOCKS[name]
         codes = np.full((40, columns), code, np.int16)
         scales = np.ones((40, columns // kind.columns), np.float16)
-        held = _native.Weights(name, _native.pack(name, codes, scales.view(np.uint16))[None], pool)
+        held = _native.Weights(name, _native.pack_blocks(name, codes, scales.view(np.uint16))[None], pool)
         for sign in (1.0, -1.0):
             for tokens in (1, 9):
                 x = np.full((tokens, columns), 127.0 * sign, np.float32)
@@ -136,7 +136,7 @@ def test_a_level_that_is_unknown_is_refused():
 def test_native_and_numpy_agree(rows, blocks, tokens, name, seed):
     columns = blocks * reference.BLOCKS[name].columns
     codes, scales, _ = random_blocks(name, rows, columns, seed)
-    packed = _native.pack(name, codes, scales.view(np.uint16))[None]
+    packed = _native.pack_blocks(name, codes, scales.view(np.uint16))[None]
     x = np.random.default_rng(seed).normal(0.0, 1.0, (tokens, columns)).astype(np.float32)
     pool = _native.Pool(1)
     ours = _native.Weights(name, packed, pool).multiply(x, pool)
@@ -150,12 +150,12 @@ def test_quantise_rounds_as_training_does():
     from limbeck.students.ternary import round_activations
 
     x = np.random.default_rng(0).normal(0.0, 3.0, (50, 200)).astype(np.float32)
-    codes, scales, sums = _native.quantise(x, 128, True)
+    codes, scales, sums = _native.quantise_activations(x, 128, True)
     trained = round_activations(torch.from_numpy(x), 8).numpy()
     np.testing.assert_allclose(codes * scales[:, :1], trained, rtol=1e-6, atol=1e-6)
     assert np.array_equal(sums[:, 0], codes[:, :128].sum(axis=1))
     assert np.array_equal(sums[:, 1], codes[:, 128:].sum(axis=1))
-    theirs = reference.quantise(x, 128, True)
+    theirs = reference.quantise_activations(x, 128, True)
     for ours, numpys in zip((codes, scales, sums), theirs, strict=True):
         np.testing.assert_array_equal(ours, numpys)
 
@@ -163,7 +163,7 @@ def test_quantise_rounds_as_training_does():
 def test_experts_are_each_their_own_matrix():
     rng = np.random.default_rng(1)
     parts = [random_blocks("tq2_0", 45, 256, seed) for seed in range(5)]
-    packed = np.stack([_native.pack("tq2_0", codes, scales.view(np.uint16)) for codes, scales, _ in parts])
+    packed = np.stack([_native.pack_blocks("tq2_0", codes, scales.view(np.uint16)) for codes, scales, _ in parts])
     pool = _native.Pool(2)
     held = _native.Weights("tq2_0", packed, pool)
     x = rng.normal(0.0, 1.0, (20, 256)).astype(np.float32)
@@ -183,9 +183,9 @@ def zeros(pool):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda p: _native.pack("tq9", np.zeros((1, 256), np.int16), np.zeros((1, 1), np.uint16)), "tq9"),
-        (lambda p: _native.pack("tq2_0", np.zeros((1, 100), np.int16), np.zeros((1, 1), np.uint16)), "100.*256"),
-        (lambda p: _native.pack("tq2_0", np.full((1, 256), 2, np.int16), np.zeros((1, 1), np.uint16)), "code is 2"),
+        (lambda p: _native.pack_blocks("tq9", np.zeros((1, 256), np.int16), np.zeros((1, 1), np.uint16)), "tq9"),
+        (lambda p: _native.pack_blocks("tq2_0", np.zeros((1, 100), np.int16), np.zeros((1, 1), np.uint16)), "100"),
+        (lambda p: _native.pack_blocks("tq2_0", np.full((1, 256), 2, np.int16), np.zeros((1, 1), np.uint16)), "is 2"),
         (lambda p: _native.Weights("q8_0", np.zeros((1, 2, 33), np.uint8), p), "33"),
         (lambda p: zeros(p).multiply(np.zeros((1, 64), np.float32), p), "64.*32"),
         (lambda p: zeros(p).multiply_experts(np.zeros((1, 32), np.float32), np.full((1, 1), 7, np.int32), p), "rt 7"),

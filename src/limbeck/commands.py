@@ -194,11 +194,11 @@ def _generate_gguf(recipe: Recipe) -> Result:
 
 def bench(recipe: Recipe, options: Options) -> Result:
     """Time a GGUF file."""
-    from limbeck.serving.bench import measure, text
+    from limbeck.serving.bench import text, time_file
 
     if recipe.bench.model is None:
         raise ConfigError("limbeck bench needs a file: `limbeck bench model.gguf`.")
-    found = measure(_gguf_file(recipe.bench.model), recipe.bench, recipe.engine)
+    found = time_file(_gguf_file(recipe.bench.model), recipe.bench, recipe.engine)
     return Result(found, text(found))
 
 

@@ -198,6 +198,30 @@ void attend(const Attention& task) {
 
 // ---- Recurrences
 
+// S <- decay S + k v^T, y = q S on some neighbouring columns of a state `[keys, values]`.
+void take_in(float* state, size_t keys, size_t values, size_t count, const float* q, const float* k, const float* v,
+             float decay, float* y) {
+    std::fill(y, y + count, 0.0f);
+    for (size_t i = 0; i < keys; ++i) {
+        float* row = state + i * values;
+        size_t j = 0;
+        for (; j + kLanes <= count; j += kLanes) {
+            const Vec now = load(row + j) * decay + load(v + j) * k[i];
+            store(row + j, now);
+            store(y + j, load(y + j) + now * q[i]);
+        }
+        for (; j < count; ++j) {
+            row[j] = row[j] * decay + v[j] * k[i];
+            y[j] += row[j] * q[i];
+        }
+    }
+}
+
+void retention_step(float* state, size_t keys, size_t values, const float* q, const float* k, const float* v,
+                    float decay, float* y) {
+    take_in(state, keys, values, values, q, k, v, decay, y);
+}
+
 void delta_step(float* state, size_t keys, size_t values, const float* q, const float* k, const float* v, float decay,
                 float beta, float* y) {
     constexpr size_t most = 512;
@@ -207,20 +231,7 @@ void delta_step(float* state, size_t keys, size_t values, const float* q, const 
         std::fill(change, change + count, 0.0f);
         for (size_t i = 0; i < keys; ++i) add_scaled(change, state + i * values + first, k[i] * decay, count);
         for (size_t j = 0; j < count; ++j) change[j] = beta * (v[first + j] - change[j]);
-        std::fill(y + first, y + first + count, 0.0f);
-        for (size_t i = 0; i < keys; ++i) {
-            float* row = state + i * values + first;
-            size_t j = 0;
-            for (; j + kLanes <= count; j += kLanes) {
-                const Vec now = load(row + j) * decay + load(change + j) * k[i];
-                store(row + j, now);
-                store(y + first + j, load(y + first + j) + now * q[i]);
-            }
-            for (; j < count; ++j) {
-                row[j] = row[j] * decay + change[j] * k[i];
-                y[first + j] += row[j] * q[i];
-            }
-        }
+        take_in(state + first, keys, values, count, q, k, change, decay, y + first);
     }
 }
 

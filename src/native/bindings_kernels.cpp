@@ -227,9 +227,9 @@ void bind_kernels(nb::module_& module) {
         "level", [] { return std::string(name_of(level_in_use())); },
         "The instructions in use: avx512, avx2 or scalar.");
     module.def("processors_by_node", &processors_by_node);
-    module.def("pack", &pack, "name"_a, "codes"_a, "scales"_a);
-    module.def("unpack", &unpack, "name"_a, "blocks"_a);
-    module.def("quantise", &quantise, "x"_a, "block"_a, "whole_row"_a);
+    module.def("pack_blocks", &pack, "name"_a, "codes"_a, "scales"_a);
+    module.def("unpack_blocks", &unpack, "name"_a, "blocks"_a);
+    module.def("quantise_activations", &quantise, "x"_a, "block"_a, "whole_row"_a);
     nb::class_<Pool>(module, "Pool")
         .def(
             "__init__",

@@ -81,6 +81,10 @@ struct Kernels {
     void (*softmax)(float* x, size_t n);
     void (*attend)(const Attention& task);
 
+    // One step of retention on a state `[keys, values]` of one head: S <- decay S + k v^T; y = q S.
+    void (*retention_step)(float* state, size_t keys, size_t values, const float* q, const float* k, const float* v,
+                           float decay, float* y);
+
     // One step of a gated delta rule on a state `[keys, values]` of one head:
     // S *= decay; S += k (beta (v - k S)); y = q S.
     void (*delta_step)(float* state, size_t keys, size_t values, const float* q, const float* k, const float* v,

@@ -14,6 +14,7 @@ from conftest import TOKENIZER, limbeck, save_model, tiny_model
 from limbeck.config import TernaryConfig
 from limbeck.export.gguf import GGUFExport
 from limbeck.models import load_causal_lm
+from limbeck.serving.model import GgufModel
 from limbeck.students.build import make_ternary
 from test_export import SHAPES
 from test_gguf_oracle import CASES, TERNARY_CASES, lively_model
@@ -117,6 +118,26 @@ def test_llama_cpp_computes_the_logits_of_every_architecture(tmp_path, case, kin
     away = float(((ours - theirs).square().mean(dim=-1).sqrt() / ours.std()).quantile(0.9))
     print(case, kind, f"{away:.1e} of the logits' standard deviation")
     assert away < (0.02 if kind == "f16" else 0.1)
+
+
+@pytest.mark.parametrize(
+    ("case", "kind"), [*((case, "f16") for case in CASES), *((case, "tq2_0") for case in TERNARY_CASES)]
+)
+def test_our_engine_computes_llama_cpps_logits(tmp_path, case, kind):
+    """The same file in both programs; activations are rounded for a token here, for 256 columns there."""
+    model = lively_model(3, **(CASES if kind == "f16" else TERNARY_CASES)[case])
+    if kind != "f16":
+        make_ternary(model, TernaryConfig(group_size=256))
+    GGUFExport(save_model(model, tmp_path / "final"), kind, "q8_0").write(tmp_path / "m.gguf")
+    ids = torch.randint(5, 4000, (64,), generator=torch.Generator().manual_seed(1))
+    llama = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=len(ids), n_batch=len(ids), logits_all=True, verbose=False)
+    llama.eval(ids.tolist())
+    theirs = np.array(llama.scores[: len(ids)], dtype=np.float32)
+    llama.close()
+    ours = GgufModel(tmp_path / "m.gguf").line().extend(ids.tolist(), every=True)
+    away = float(np.quantile(np.sqrt(np.mean((ours - theirs) ** 2, axis=1)) / ours.std(), 0.9))
+    print(case, kind, f"{away:.1e} of the logits' standard deviation")
+    assert away < (0.03 if kind == "f16" else 0.15)
 
 
 @pytest.fixture(scope="module")

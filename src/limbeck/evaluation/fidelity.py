@@ -223,11 +223,12 @@ def _predictions(
     """Flat positions a part at a time, their log-probabilities `[n, V]`, and the seconds that took."""
     clock = _now(model)
     hidden, head = _hidden(model, rows, attention), OutputHead(model)
+    body = _now(model) - clock
     for part in torch.split(valid, head.positions_in(_CHUNK_BYTES)) if len(valid) else ():
-        log_q = head.log_probs(hidden[part.to(hidden.device)])
-        seconds = _now(model) - clock
-        yield part, log_q, seconds
         clock = _now(model)
+        log_q = head.log_probs(hidden[part.to(hidden.device)])
+        yield part, log_q, body + _now(model) - clock
+        body = 0.0
 
 
 def _prefix_bytes(rows: PackedRows, dummy_prefix: tuple[int, int] | None) -> int:

@@ -146,6 +146,7 @@ def _packed(section: ExportConfig, run: Path, folder: Path, verify: bool) -> dic
 
 
 def _gguf(section: ExportConfig, run: Path, folder: Path, name: str, verify: bool) -> dict[str, Any]:
+    from limbeck.export.architectures.own import OWN
     from limbeck.export.gguf import GGUFExport
     from limbeck.export.verify import compare_with_llama_cpp, held_out_rows, weights_equal
 
@@ -166,7 +167,9 @@ def _gguf(section: ExportConfig, run: Path, folder: Path, name: str, verify: boo
         some = ", ".join(wrong[:3])
         raise LimbeckError(f"{target} is not exactly the student: {len(wrong)} tensors differ ({some}).")
     rows = held_out_rows(run, section.verify_tokens)
-    if rows is None:
+    if export.layout.architecture.name.startswith(OWN):
+        say("llama.cpp does not know this architecture; `limbeck eval` scores the file with limbeck's own engine")
+    elif rows is None:
         say(f"no held-out rows beside {run} (a data/ folder), so nothing is run through llama.cpp")
     elif find_spec("llama_cpp") is None:
         say("llama-cpp-python is not installed (`pip install limbeck[verify]`), so nothing is run through llama.cpp")

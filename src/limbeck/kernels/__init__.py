@@ -42,8 +42,11 @@ def implementation() -> Any:
     return _found[0]
 
 
-def __getattr__(name: str) -> Any:
-    """Pool, Weights, pack, unpack, quantise and level of whichever implementation there is."""
-    if name in ("Pool", "Weights", "pack", "unpack", "quantise", "level"):
+def _part_of(name: str) -> Any:
+    """Pool, Weights, the functions on blocks and level of whichever implementation there is."""
+    if name in ("Pool", "Weights", "pack_blocks", "unpack_blocks", "quantise_activations", "level"):
         return getattr(implementation(), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__getattr__ = _part_of  # (PEP 562)

@@ -44,7 +44,7 @@ def _blocks(name: str) -> Blocks:
     return BLOCKS[name]
 
 
-def pack(name: str, codes: Array, scales: Array) -> Array:
+def pack_blocks(name: str, codes: Array, scales: Array) -> Array:
     """Weights' codes `[R, C]` (signed) and float16 scales as bits `[R, B]`, as a file's blocks `[R, bytes]`.
 
     Raises:
@@ -125,14 +125,14 @@ def _split_base3(data: Array) -> Array:
     return np.concatenate(parts, axis=-1)
 
 
-def unpack(name: str, blocks: Array) -> Array:
+def unpack_blocks(name: str, blocks: Array) -> Array:
     """Weights float32 `[R, C]` of a file's blocks `[R, bytes]`."""
     codes, scales = split(name, blocks)
     weights: Array = codes.astype(np.float32) * scales[..., None]
     return weights.reshape(*blocks.shape[:-1], -1)
 
 
-def quantise(x: Array, block: int, whole_row: bool) -> tuple[Array, Array, Array]:
+def quantise_activations(x: Array, block: int, whole_row: bool) -> tuple[Array, Array, Array]:
     """int8 codes of activations `[T, C]`, their scales and the sums of codes `[T, B]`.
 
     Args:
@@ -190,7 +190,7 @@ class Weights:
     def _product(self, matrix: int, x: Array) -> Array:
         """`[T, C]` by one matrix: activations with one scale a token (ternary) or a block (others)."""
         held, columns = self._codes[matrix], self._codes.shape[-1]
-        codes, scales, _ = quantise(x, columns, self._ternary)
+        codes, scales, _ = quantise_activations(x, columns, self._ternary)
         grouped = codes.reshape(len(x), -1, columns).astype(np.float32)
         whole = np.einsum("tbc,rbc->trb", grouped, held.astype(np.float32))
         result: Array = np.einsum("trb,rb,tb->tr", whole, self._scales[matrix], scales)

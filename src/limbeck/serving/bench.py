@@ -23,7 +23,7 @@ _MEMORY_BYTES = 512 << 20
 _CACHED_ROWS = 2048
 
 
-def measure(path: Path, bench: BenchConfig, settings: EngineConfig) -> dict[str, Any]:
+def time_file(path: Path, bench: BenchConfig, settings: EngineConfig) -> dict[str, Any]:
     """Rates by number of threads, and the machine's limits.
 
     Raises:

@@ -55,7 +55,7 @@ class ScoredGguf:
         wanted[places] = True
         length = rows.input_ids.shape[1]
         for row, ids in enumerate(rows.input_ids):
-            for start, stop in _texts(rows.doc_ids[row], attention):
+            for start, stop in _stretches(rows.doc_ids[row], attention):
                 here = wanted[row * length + start : row * length + stop].nonzero().squeeze(-1)
                 if not len(here):
                     continue
@@ -65,7 +65,7 @@ class ScoredGguf:
                 yield here + row * length + start, log_q, time.perf_counter() - began
 
 
-def _texts(documents: torch.Tensor, attention: str) -> Iterator[tuple[int, int]]:
+def _stretches(documents: torch.Tensor, attention: str) -> Iterator[tuple[int, int]]:
     """Where each text of a row begins and ends; filler is none."""
     length = int((documents >= 0).sum())
     if attention == "packed":

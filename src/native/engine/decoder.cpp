@@ -8,7 +8,8 @@ namespace limbeck {
 struct Decoder::Buffers {
     Buffers(const Decoder& model, Frame& frame, size_t tokens, int threads) {
         const size_t width = model.shape_.width;
-        hidden = frame.take<float>(tokens * width);
+        hidden = frame.take<float>(tokens * width * std::max<size_t>(1, model.shape_.streams));
+        coefficients = frame.take<float>(tokens * Connection::coefficients(model.shape_.streams));
         written = frame.take<float>(tokens * width);
         unsigned forms = 0;
         size_t most = 0;
@@ -21,7 +22,7 @@ struct Decoder::Buffers {
         for (const auto& rope : model.ropes_) rotations.push_back(frame.take<float>(tokens * rope->dimensions()));
         work = frame.take<uint8_t>(most);
     }
-    float *hidden, *written;
+    float *hidden, *written, *coefficients;
     Rows normed, last;
     std::vector<float*> rotations;
     uint8_t* work;
@@ -33,12 +34,7 @@ Decoder::Decoder(Weights& weights, const std::string& architecture, const Decode
     info.width = shape.width;
     info.layers = shape.layers;
     info.context = weights.file().whole(architecture + ".context_length", 0);
-    for (const auto& [name, tensor] : weights.file().tensors()) {
-        (void)name;
-        uint64_t count = 1;
-        for (uint64_t size : tensor.shape) count *= size;
-        info.parameters += count;
-    }
+    info.parameters = parameters_of(weights.file());
     last_norm_ = weights.vector("output_norm.weight", shape.width);
     if (weights.has("output.weight")) {
         head_ = weights.matrix("output.weight", shape.vocabulary, shape.width);
@@ -49,7 +45,12 @@ Decoder::Decoder(Weights& weights, const std::string& architecture, const Decode
 }
 
 void Decoder::add(std::vector<float> before, std::unique_ptr<Sublayer> sublayer, std::vector<float> after) {
-    branches_.push_back({std::move(before), std::move(after), std::move(sublayer)});
+    branches_.push_back({std::move(before), std::move(after), std::move(sublayer), std::nullopt});
+}
+
+void Decoder::connect(Weights& weights, const std::string& name) {
+    if (shape_.streams > 0)
+        branches_.back().connection.emplace(weights, name, shape_.streams, shape_.width, shape_.eps);
 }
 
 States Decoder::new_states() const {
@@ -79,41 +80,65 @@ void Decoder::embed(size_t token, float* to) const {
     for (size_t i = 0; i < shape_.width; ++i) to[i] *= shape_.embedding_scale;
 }
 
+// What a branch's sublayer gets of one token.
+void Decoder::read(const Branch& branch, size_t token, const Buffers& buffers) const {
+    const size_t width = shape_.width;
+    float* to = buffers.normed.row(token);
+    const float* hidden = buffers.hidden + token * width * std::max<size_t>(1, shape_.streams);
+    if (branch.connection) {
+        branch.connection->read(hidden, buffers.coefficients + token * Connection::coefficients(shape_.streams), to);
+        hidden = to;
+    }
+    if (!branch.before.empty()) {
+        kernels().rms_norm(hidden, branch.before.data(), shape_.eps, to, width);
+    } else if (hidden != to) {
+        std::copy(hidden, hidden + width, to);
+    }
+    buffers.normed.finish(token);
+}
+
+void Decoder::write(const Branch& branch, size_t token, const Buffers& buffers) const {
+    const size_t width = shape_.width;
+    float *written = buffers.written + token * width,
+          *hidden = buffers.hidden + token * width * std::max<size_t>(1, shape_.streams);
+    if (!branch.after.empty()) kernels().rms_norm(written, branch.after.data(), shape_.eps, written, width);
+    if (branch.connection) {
+        branch.connection->write(buffers.coefficients + token * Connection::coefficients(shape_.streams), written,
+                                 hidden);
+    } else {
+        kernels().add_scaled(hidden, written, shape_.residual_scale, width);
+    }
+}
+
 void Decoder::run(Worker& worker, Step& step, uint8_t* memory, const std::vector<size_t>& rows, float* logits) const {
-    const Kernels& k = kernels();
     Frame frame(memory);
     const Buffers buffers(*this, frame, step.tokens, worker.count());
-    const size_t width = shape_.width;
+    const size_t width = shape_.width, streams = std::max<size_t>(1, shape_.streams);
     const auto [first, last] = worker.part(step.tokens);
     if (worker.index() == 0) step.rotations.assign(buffers.rotations.begin(), buffers.rotations.end());
     for (size_t token = first; token < last; ++token) {
-        embed(size_t(step.ids[token]), buffers.hidden + token * width);
+        float* hidden = buffers.hidden + token * width * streams;
+        embed(size_t(step.ids[token]), hidden);
+        for (size_t stream = 1; stream < streams; ++stream) std::copy(hidden, hidden + width, hidden + stream * width);
         for (size_t r = 0; r < ropes_.size(); ++r) {
             ropes_[r]->angles(step.positions[token], buffers.rotations[r] + token * ropes_[r]->dimensions());
         }
     }
     for (size_t number = 0; number < branches_.size(); ++number) {
         const Branch& branch = branches_[number];
-        for (size_t token = first; token < last; ++token) {
-            const float* hidden = buffers.hidden + token * width;
-            if (branch.before.empty())
-                std::copy(hidden, hidden + width, buffers.normed.row(token));
-            else
-                k.rms_norm(hidden, branch.before.data(), shape_.eps, buffers.normed.row(token), width);
-            buffers.normed.finish(token);
-        }
+        for (size_t token = first; token < last; ++token) read(branch, token, buffers);
         worker.barrier();
         branch.sublayer->run(worker, step, number, Frame(buffers.work), buffers.normed, buffers.written);
-        for (size_t token = first; token < last; ++token) {
-            float* written = buffers.written + token * width;
-            if (!branch.after.empty()) k.rms_norm(written, branch.after.data(), shape_.eps, written, width);
-            k.add_scaled(buffers.hidden + token * width, written, shape_.residual_scale, width);
-        }
+        for (size_t token = first; token < last; ++token) write(branch, token, buffers);
     }
     worker.barrier();
     const auto [first_row, last_row] = worker.part(rows.size());
     for (size_t i = first_row; i < last_row; ++i) {
-        k.rms_norm(buffers.hidden + rows[i] * width, last_norm_.data(), shape_.eps, buffers.last.row(i), width);
+        float* hidden = buffers.hidden + rows[i] * width * streams;
+        for (size_t stream = 1; stream < streams; ++stream)
+            kernels().add_scaled(hidden, hidden + stream * width, 1.0f, width);
+        for (size_t d = 0; d < width && streams > 1; ++d) hidden[d] /= float(streams);  // the mean of the streams
+        kernels().rms_norm(hidden, last_norm_.data(), shape_.eps, buffers.last.row(i), width);
         buffers.last.finish(i);
     }
     worker.barrier();
@@ -140,6 +165,11 @@ CommonShape common_shape(Weights& weights, const std::string& architecture) {
     shape.decoder.layers = file.whole(key + "block_count");
     shape.decoder.eps = float(file.real(key + "attention.layer_norm_rms_epsilon", 1e-6));
     shape.decoder.logit_cap = float(file.real(key + "final_logit_softcapping", 0));
+    shape.decoder.streams = file.whole(key + "mhc.streams", 0);
+    if (shape.decoder.streams > 4) {
+        throw FileError(file.path() + " has " + std::to_string(shape.decoder.streams) +
+                        " residual streams; there are at most 4.");
+    }
     shape.heads = file.whole(key + "attention.head_count");
     shape.kv_heads = file.whole(key + "attention.head_count_kv", shape.heads);
     const size_t width = shape.decoder.width;

@@ -21,6 +21,8 @@ struct ModelInfo {
     uint64_t parameters = 0;
 };
 
+uint64_t parameters_of(const GgufFile& file);
+
 class Model {
  public:
     virtual ~Model() = default;
@@ -36,6 +38,9 @@ class Model {
 
 // Reads the file's architecture and builds the model; throws FileError.
 std::unique_ptr<Model> load_model(const GgufFile& file, Pool& pool, const ModelOptions& options);
+
+// "llama" of "limbeck-mhc-llama", "qwen3moe" of "limbeck-compressed-qwen3moe"; of others the name itself.
+std::string base_of(const std::string& architecture);
 
 // One architecture's way to be built, by its name in GGUF.
 using Builder = std::unique_ptr<Model> (*)(Weights& weights, const std::string& architecture,

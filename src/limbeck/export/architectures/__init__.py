@@ -4,4 +4,4 @@ Add one with a class that extends `base.Architecture`, registered in `limbeck.re
 `model_type` of transformers, and its module here.
 """
 
-from limbeck.export.architectures import gemma3, llama, olmo2, phi3, qwen3, qwen3_next  # noqa: F401
+from limbeck.export.architectures import gemma3, llama, olmo2, own, phi3, qwen3, qwen3_next  # noqa: F401

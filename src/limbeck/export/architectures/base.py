@@ -43,6 +43,7 @@ class Architecture:
 
     Attributes:
         name: GGUF's name of it.
+        names_of: the architecture whose tensor names it has; None: its own.
         fixed: settings that llama.cpp has in one value alone.
         heads_fill_width: whether llama.cpp wants the heads together to be as wide as the hidden states.
         windows_by_layer: whether the config names the layers that have a sliding window, or all have one.
@@ -52,6 +53,7 @@ class Architecture:
     """
 
     name: ClassVar[str]
+    names_of: ClassVar[str | None] = None
     fixed: ClassVar[Mapping[str, Any]] = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
     heads_fill_width: ClassVar[bool] = False
     windows_by_layer: ClassVar[bool] = True
@@ -158,7 +160,9 @@ class Architecture:
         """The gguf package's map of tensor names."""
         import gguf
 
-        return gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, self.name.upper()), self.config.num_hidden_layers)
+        return gguf.get_tensor_name_map(
+            getattr(gguf.MODEL_ARCH, (self.names_of or self.name).upper()), self.config.num_hidden_layers
+        )
 
     def _add_rope(self, writer: Any) -> None:
         import gguf

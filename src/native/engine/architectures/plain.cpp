@@ -1,5 +1,7 @@
 // Decoders that are the common one with a few settings: Llama, Mistral, Qwen 2 and 3, OLMo 2, Phi-3, Granite, SmolLM 3,
 // and Qwen 3 and Mixtral with experts.
+#include <algorithm>
+
 #include "architectures.hpp"
 #include "attention.hpp"
 #include "decoder.hpp"
@@ -18,7 +20,7 @@ std::unique_ptr<Model> build(Weights& weights, const std::string& architecture, 
     const GgufFile& file = weights.file();
     const std::string key = architecture + ".";
     CommonShape shape = common_shape(weights, architecture);
-    if (architecture == "granite") {
+    if (base_of(architecture) == "granite") {
         shape.decoder.embedding_scale = float(file.real(key + "embedding_scale", 1));
         shape.decoder.residual_scale = float(file.real(key + "residual_scale", 1));
         shape.decoder.logit_scale = float(1.0 / file.real(key + "logit_scale", 1));
@@ -37,14 +39,16 @@ std::unique_ptr<Model> build(Weights& weights, const std::string& architecture, 
         model->add(weights.optional(prefix + "attn_norm.weight", attention.width),
                    std::make_unique<AttentionLayer>(weights, prefix, attention, turned ? model->rope(0) : nullptr),
                    weights.optional(prefix + "post_attention_norm.weight", attention.width));
+        model->connect(weights, prefix + "mhc_attention");
         std::unique_ptr<Sublayer> feed_forward;
         if (experts > 0)
-            feed_forward = std::make_unique<Experts>(weights, prefix, expert_shape(weights, architecture));
+            feed_forward = std::make_unique<Experts>(weights, prefix, expert_shape(weights, architecture, prefix));
         else
             feed_forward =
                 std::make_unique<DenseFeedForward>(weights, prefix, attention.width, shape.inside, Gate::silu);
         model->add(weights.optional(prefix + "ffn_norm.weight", attention.width), std::move(feed_forward),
                    weights.optional(prefix + "post_ffw_norm.weight", attention.width));
+        model->connect(weights, prefix + "mhc_mlp");
     }
     return model;
 }
@@ -53,7 +57,7 @@ std::unique_ptr<Model> build(Weights& weights, const std::string& architecture, 
 
 std::string block_prefix(size_t layer) { return "blk." + std::to_string(layer) + "."; }
 
-ExpertShape expert_shape(Weights& weights, const std::string& architecture) {
+ExpertShape expert_shape(Weights& weights, const std::string& architecture, const std::string& prefix) {
     const GgufFile& file = weights.file();
     const std::string key = architecture + ".";
     ExpertShape shape{};
@@ -65,6 +69,11 @@ ExpertShape expert_shape(Weights& weights, const std::string& architecture) {
     shape.scale = float(file.real(key + "expert_weights_scale", 1));
     if (shape.scale == 0) shape.scale = 1;
     shape.normalised = file.truth(key + "expert_weights_norm", true);
+    const TensorInfo* router = file.find(prefix + "ffn_gate_inp.weight");
+    if (router != nullptr && router->shape.size() == 2 && base_of(architecture) != architecture) {
+        shape.experts = size_t(router->shape[1]);
+        shape.used = std::min(shape.used, shape.experts);
+    }
     const size_t most = file.mapped().size() * 8;
     if (shape.used == 0 || shape.used > shape.experts || shape.experts > 65536 || shape.inside == 0 ||
         shape.inside > most || shape.shared_inside > most) {

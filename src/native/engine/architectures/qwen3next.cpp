@@ -50,7 +50,7 @@ std::unique_ptr<Model> build_qwen3next(Weights& weights, const std::string& arch
             mixer = std::make_unique<DeltaNetLayer>(weights, prefix, delta_shape(file, key, shape));
         model->add(weights.vector(prefix + "attn_norm.weight", width), std::move(mixer));
         model->add(weights.vector(prefix + "post_attention_norm.weight", width),
-                   std::make_unique<Experts>(weights, prefix, expert_shape(weights, architecture)));
+                   std::make_unique<Experts>(weights, prefix, expert_shape(weights, architecture, prefix)));
     }
     return model;
 }
