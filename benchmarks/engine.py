@@ -210,7 +210,7 @@ def main() -> int:
     runs = [("125M", 1)] if given.quick else [(name, threads) for name in SHAPES for threads in (1, 2)]
     shares = {}
     for name, threads in runs:
-        found = measure(name, threads, 5 if given.quick else 7)
+        found = measure(name, threads, 5)
         key = f"{name}, {threads} thread{'s' if threads > 1 else ''}"
         for case, parts in found.items():
             counts = {"prefill": PREFILL, "decode": DECODED, "decode_behind": BEHIND}

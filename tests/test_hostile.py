@@ -39,7 +39,7 @@ TAUS = (1.0, 2.0)
 
 def guarded(app, config=None, **clocks):
     """Serve an app as `limbeck teacher serve` does; gives host and port."""
-    return serving(uvicorn_settings(app, config or TeacherServerConfig(), **clocks))
+    return serving(uvicorn_settings(app, (config or TeacherServerConfig()).max_connections, **clocks))
 
 
 async def echo(scope, receive, send):

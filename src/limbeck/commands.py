@@ -202,6 +202,16 @@ def bench(recipe: Recipe, options: Options) -> Result:
     return Result(found, text(found))
 
 
+def serve(recipe: Recipe, options: Options) -> Result:
+    """Serve a GGUF file until stopped."""
+    from limbeck.serving.server.run import serve_model
+
+    if recipe.server.model is None:
+        raise ConfigError("limbeck serve needs a file: `limbeck serve model.gguf`.")
+    found = serve_model(_gguf_file(recipe.server.model), recipe.server, recipe.engine)
+    return Result(found, f"{found['model']} was served at {found['url']}")
+
+
 def export(recipe: Recipe, options: Options) -> Result:
     """Write a finished student for other programs."""
     from limbeck.export.run import export_student, next_steps
@@ -239,7 +249,7 @@ def _gguf_file(path: Path) -> Path:
     found = sorted({*path.glob("*.gguf"), *path.glob("export/*.gguf")})
     if len(found) != 1:
         named = ", ".join(map(str, found)) or "none"
-        raise ConfigError(f"{path} holds {len(found)} GGUF files ({named}); name one: `limbeck inspect FILE.gguf`.")
+        raise ConfigError(f"{path} holds {len(found)} GGUF files ({named}); name one of them.")
     return found[0]
 
 

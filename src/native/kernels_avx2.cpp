@@ -45,27 +45,23 @@ void one_token(const uint8_t* block, size_t blocks, const Column& x, float* to, 
     for (size_t b = 0; b < blocks; ++b, block += shape.bytes(), codes += shape.columns) {
         const __m256i start = _mm256_set1_epi32(-shape.offset * x.sums[b]);
         const __m256 scale = _mm256_set1_ps(x.scales[b]);
-        for (int pair = 0; pair < 4;
-             pair += 2) {  // two registers of rows: their chains of additions run beside each other
-            __m256i ones[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-            __m256i fours[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-            for (int load = 0; load < shape.loads(); ++load) {
-                const __m256i x0 = spread(codes + load * 16), x1 = spread(codes + load * 16 + 4);
-                const __m256i x2 = spread(codes + load * 16 + 8), x3 = spread(codes + load * 16 + 12);
-                for (int one = 0; one < 2; ++one) {
-                    const __m256i u = codes_at(block + load * 128 + (pair + one) * 32), down = _mm256_srli_epi16(u, 4);
-                    ones[one] = _mm256_add_epi16(ones[one], _mm256_maddubs_epi16(_mm256_and_si256(u, low), x0));
-                    fours[one] = _mm256_add_epi16(fours[one], _mm256_maddubs_epi16(_mm256_and_si256(u, high), x1));
-                    ones[one] = _mm256_add_epi16(ones[one], _mm256_maddubs_epi16(_mm256_and_si256(down, low), x2));
-                    fours[one] = _mm256_add_epi16(fours[one], _mm256_maddubs_epi16(_mm256_and_si256(down, high), x3));
-                }
+        __m256i ones[4], fours[4];
+        for (int part = 0; part < 4; ++part) ones[part] = fours[part] = _mm256_setzero_si256();
+        for (int load = 0; load < shape.loads(); ++load) {
+            const __m256i x0 = spread(codes + load * 16), x1 = spread(codes + load * 16 + 4);
+            const __m256i x2 = spread(codes + load * 16 + 8), x3 = spread(codes + load * 16 + 12);
+            for (int part = 0; part < 4; ++part) {
+                const __m256i u = codes_at(block + load * 128 + part * 32), down = _mm256_srli_epi16(u, 4);
+                ones[part] = _mm256_add_epi16(ones[part], _mm256_maddubs_epi16(_mm256_and_si256(u, low), x0));
+                fours[part] = _mm256_add_epi16(fours[part], _mm256_maddubs_epi16(_mm256_and_si256(u, high), x1));
+                ones[part] = _mm256_add_epi16(ones[part], _mm256_maddubs_epi16(_mm256_and_si256(down, low), x2));
+                fours[part] = _mm256_add_epi16(fours[part], _mm256_maddubs_epi16(_mm256_and_si256(down, high), x3));
             }
-            for (int one = 0; one < 2; ++one) {
-                const __m256i whole = _mm256_add_epi32(
-                    start, _mm256_add_epi32(pairs(ones[one]), _mm256_srai_epi32(pairs(fours[one]), 2)));
-                const __m256 both = _mm256_mul_ps(scales_at(block + shape.code_bytes() + (pair + one) * 16), scale);
-                totals[pair + one] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole), both, totals[pair + one]);
-            }
+        }
+        for (int part = 0; part < 4; ++part) {
+            const __m256i fine = _mm256_add_epi32(pairs(ones[part]), _mm256_srai_epi32(pairs(fours[part]), 2));
+            const __m256 both = _mm256_mul_ps(scales_at(block + shape.code_bytes() + part * 16), scale);
+            totals[part] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(start, fine)), both, totals[part]);
         }
     }
     for (size_t part = 0; part < 4 && part * 8 < rows; ++part) write_rows(to + part * 8, totals[part], rows - part * 8);

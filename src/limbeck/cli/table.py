@@ -100,6 +100,21 @@ SUBCOMMANDS: dict[str, Subcommand] = {
         },
         first=("generation.seed", "training.device", "engine.draft_tokens"),
     ),
+    "serve": Subcommand(
+        "serve",
+        "Serve a GGUF file over HTTP, as OpenAI's API.",
+        (),
+        {
+            "host": "server.host",
+            "port": "server.port",
+            "api-key-env": "server.api_key_env",
+            "max-concurrent": "server.max_concurrent",
+            "ctx-size": "server.ctx_size",
+            **_ENGINE,
+        },
+        first=("server.name", "server.max_waiting", "server.allowed_hosts"),
+        word="server.model",
+    ),
     "bench": Subcommand(
         "bench",
         "Time a GGUF file here: prefill and decoding by threads, and their share of the machine's limits.",
@@ -214,6 +229,7 @@ _WORDS = {
     "teacher.model": "[MODEL | RECIPE.yaml]",
     "output_dir": "[FOLDER]",
     "bench.model": "[FILE.gguf | RUN]",
+    "server.model": "[FILE.gguf | RUN]",
 }
 
 

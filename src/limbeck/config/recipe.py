@@ -10,7 +10,7 @@ from pydantic import Field, PositiveInt, PrivateAttr, ValidationError, field_val
 from limbeck.config.base import OR_WORDS, ModelSource, Positive, Section, Seed, merged
 from limbeck.config.compress import CompressConfig
 from limbeck.config.data import DatasetConfig, TokenizerConfig
-from limbeck.config.engine import BenchConfig, EngineConfig
+from limbeck.config.engine import BenchConfig, EngineConfig, ServerConfig
 from limbeck.config.moved import rewritten
 from limbeck.config.student import StudentConfig
 from limbeck.config.teacher import EnvironmentName, TeacherConfig
@@ -144,6 +144,7 @@ class Recipe(Section):
     generation: GenerationConfig = Field(default_factory=GenerationConfig, description="Generated sample.")
     export: ExportConfig = Field(default_factory=ExportConfig, description="Export.")
     engine: EngineConfig = Field(default_factory=EngineConfig, description="How GGUF files are run.")
+    server: ServerConfig = Field(default_factory=ServerConfig, description="`limbeck serve`.")
     bench: BenchConfig = Field(default_factory=BenchConfig, description="`limbeck bench`.")
     teacher_server: TeacherServerConfig = Field(
         default_factory=TeacherServerConfig, description="`limbeck teacher serve`."

@@ -93,6 +93,10 @@ class Line:
         """Another sequence that goes on from here."""
         return Line(self.engine, self.engine.fork(self.number))
 
+    def bytes(self) -> int:
+        """Memory of what it has read."""
+        return int(self.engine.bytes(self.number))
+
     @property
     def can_cut(self) -> bool:
         """True where the model can forget the end of what it has read; a recurrence cannot."""

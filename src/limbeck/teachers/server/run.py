@@ -10,7 +10,7 @@ from limbeck.console import say, warn
 from limbeck.errors import ConfigError, LimbeckError
 from limbeck.teachers.keys import environment_key
 
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def serve(section: TeacherConfig, config: TeacherServerConfig, device: str | None = None) -> dict[str, Any]:
@@ -34,13 +34,13 @@ def serve(section: TeacherConfig, config: TeacherServerConfig, device: str | Non
     from limbeck.teachers.server.load import load_served
 
     api_key = environment_key(config.api_key_env, "teacher_server.api_key_env")
-    if api_key is None and config.host not in _LOOPBACK:
+    if api_key is None and config.host not in LOOPBACK:
         warn(f"{config.host} can be reached from other machines and no key is asked for; set --api-key-env NAME")
-    bound = _bind(config.host, config.port)  # a port that is taken shows before minutes of loading
+    bound = listen_on(config.host, config.port)  # a port that is taken shows before minutes of loading
     url = f"http://{config.host}:{bound.getsockname()[1]}"
     served = load_served(section, config, device)
     app = create_app(served, config, api_key, max_batch_tokens=section.local.max_batch_tokens)
-    settings = uvicorn_settings(app, config)
+    settings = uvicorn_settings(app, config.max_connections)
     facts = f"fingerprint {served.fingerprint[:12]}, vocabulary {served.teacher.vocab_size}"
 
     class Server(uvicorn.Server):
@@ -57,12 +57,13 @@ def serve(section: TeacherConfig, config: TeacherServerConfig, device: str | Non
     return {"url": url, "model": served.name, "fingerprint": served.fingerprint}
 
 
-def uvicorn_settings(app: Any, config: TeacherServerConfig, **clocks: float) -> Any:
+def uvicorn_settings(app: Any, max_connections: int, graceful: float = 30.0, **clocks: float) -> Any:
     """How uvicorn runs the application: bounded connections, and warnings that cannot fill a disk.
 
     Args:
         app: the ASGI application.
-        config: bounds.
+        max_connections: at once.
+        graceful: seconds that running requests have when it is stopped.
         clocks: of `connection_class`.
     """
     import logging
@@ -72,16 +73,21 @@ def uvicorn_settings(app: Any, config: TeacherServerConfig, **clocks: float) -> 
     from limbeck.teachers.server.connection import connection_class, once_per_second
 
     settings = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=30,
+        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=int(graceful),
         timeout_keep_alive=75, h11_max_incomplete_event_size=65536, lifespan="on",
-        http=connection_class(config.max_connections, **clocks),
+        http=connection_class(max_connections, **clocks),
     )  # fmt: skip
     for name in ("uvicorn.error", "asyncio"):
         logging.getLogger(name).addFilter(once_per_second)
     return settings
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def listen_on(host: str, port: int) -> socket.socket:
+    """A bound socket.
+
+    Raises:
+        LimbeckError: the address is taken, or none of this machine.
+    """
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
