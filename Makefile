@@ -45,9 +45,9 @@ wheel: $(VENV)/.venv
 mutants: $(VENV)/.dev
 	$(BIN)/python tests/mutants.py --survivors
 
-bench: $(VENV)/.bench
+bench: $(VENV)/.bench $(VENV)/.verify $(VENV)/.kernels
 	mkdir -p benchmarks/results
-	for name in loss cache pack train ternary tail remote students compress; do \
+	for name in loss cache pack train ternary tail remote students compress kernels engine; do \
 		$(BIN)/python benchmarks/$$name.py --json > benchmarks/results/$$name.json; \
 		status=$$?; \
 		cat benchmarks/results/$$name.json; \
@@ -75,7 +75,7 @@ $(VENV)/.dev: $(VENV)/.venv pyproject.toml constraints.txt
 $(VENV)/.kernels: $(VENV)/.venv $(NATIVE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt cmake nanobind ninja
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/build_kernels.py
-	touch $@
+	ls src/limbeck/kernels/_native*.so > /dev/null 2>&1 && touch $@ || true
 
 $(VENV)/.bench: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"

@@ -31,7 +31,7 @@ def llama_file(folder: Path, name: str) -> Path:
     import gguf
 
     width, layers = WIDTHS[name]
-    inside, types = width * 7 // 2, gguf.GGMLQuantizationType
+    inside, types = width * 7 // 2 // 256 * 256, gguf.GGMLQuantizationType
     path = folder / f"{name}.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(layers)

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
+from limbeck.errors import LimbeckError
 from limbeck.kernels import native
+from limbeck.serving.tokenizer import GgufTokenizer
 
-SPARE = 24 << 20  # of memory: huge pages, the allocator's own, and a step's work
+SPARE = 12 << 20  # of memory: huge pages, the allocator's own, a step's work, the tokenizer
 
 
 def mutant(good: bytes, header: int, rng: np.random.Generator) -> bytes:
@@ -77,11 +79,11 @@ def main() -> int:
         before = memory(peak=False)
         try:
             engine = kernels.Engine(str(changed), 1)
-            engine.metadata()
+            GgufTokenizer(engine.metadata(), "the mutant")
             line = engine.create()
             engine.forward([(line, [0, 1, 2], True)])
             loaded += 1
-        except ValueError as error:
+        except (kernels.FileError, LimbeckError) as error:
             errors += bool(str(error).strip())
         engine = None
         grown = memory(peak=True) - before

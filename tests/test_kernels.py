@@ -125,17 +125,22 @@ def test_products_are_exact_at_every_level(level):
 
 
 def test_a_level_that_is_unknown_is_refused():
-    words = [sys.executable, "-c", "from limbeck.kernels import native; native().level()"]
-    found = subprocess.run(words, env={**os.environ, "LIMBECK_KERNELS": "sse9"}, capture_output=True, text=True)
+    words = [sys.executable, "-c", "from limbeck.kernels import native; native().Pool(2)"]
+    env = {**os.environ, "LIMBECK_KERNELS": "sse9"}
+    found = subprocess.run(words, env=env, capture_output=True, text=True, timeout=60)
     assert found.returncode != 0
     assert "there are scalar, avx2 and avx512" in found.stderr
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 4), st.integers(1, 6), st.sampled_from(TYPES), st.integers(0, 2**31))
-def test_native_and_numpy_agree(rows, blocks, tokens, name, seed):
+@given(
+    st.integers(1, 40), st.integers(1, 6), st.integers(1, 6), st.sampled_from(TYPES), st.integers(0, 2**31),
+    st.booleans(), st.sampled_from([1, 2, 4]),
+)  # fmt: skip
+def test_native_and_numpy_agree(rows, blocks, tokens, name, seed, ternary, share):
     columns = blocks * reference.BLOCKS[name].columns
-    codes, scales, _ = random_blocks(name, rows, columns, seed)
+    codes, scales, _ = random_blocks(name, rows, columns, seed, ternary)
+    scales = np.ascontiguousarray(scales[:, ::share].repeat(share, axis=1)[:, : scales.shape[1]])
     packed = _native.pack_blocks(name, codes, scales.view(np.uint16))[None]
     x = np.random.default_rng(seed).normal(0.0, 1.0, (tokens, columns)).astype(np.float32)
     pool = _native.Pool(1)
@@ -190,6 +195,9 @@ def zeros(pool):
         (lambda p: zeros(p).multiply(np.zeros((1, 64), np.float32), p), "64.*32"),
         (lambda p: zeros(p).multiply_experts(np.zeros((1, 32), np.float32), np.full((1, 1), 7, np.int32), p), "rt 7"),
         (lambda p: _native.Pool(-1), "threads is -1"),
+        (lambda p: _native.quantise_activations(np.ones((1, 200), np.float32), 2**64 - 1, True), "block is"),
+        (lambda p: reference.Weights("q8_0", np.zeros((1, 2, 34), np.uint8), p).multiply_experts(
+            np.zeros((1, 32), np.float32), np.full((1, 1), -1, np.int32), p), "expert -1"),
     ],
 )  # fmt: skip
 def test_wrong_input_is_refused(call, message):

@@ -18,10 +18,11 @@ from limbeck.kernels import native
 from limbeck.serving.generate import Generation
 from limbeck.serving.model import GgufModel
 from limbeck.serving.sampling import Sampling, draw
+from limbeck.serving.tokenizer import GgufTokenizer
 from limbeck.students.build import make_ternary
 from test_export import SHAPES
 from test_gguf_oracle import CASES, lively_model
-from test_tokenizers import byte_level_tokenizer, sentencepiece_tokenizer
+from test_tokenizers import byte_level_tokenizer, phi3_tokenizer, sentencepiece_tokenizer
 
 TEACHER = Path(TOKENIZER)
 pytestmark = pytest.mark.skipif(native() is None, reason="the extension is not built here")
@@ -54,7 +55,7 @@ def same_ids(path, tokenizer, texts=AWKWARD):
     ours = GgufModel(path).tokenizer
     for text in texts:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert ours.encode(text, special=False) == ids, text
+        assert ours.encode(text, begin=False) == ids, text
         assert ours.decode(ids).lstrip() == tokenizer.decode(ids, skip_special_tokens=True).lstrip(), text
         if text.isprintable():
             assert "".join(ours.pieces(iter(ids))) == ours.decode(ids), text
@@ -89,6 +90,40 @@ def test_a_rule_that_is_not_known_is_refused(tmp_path):
     reader.data.flush()
     with pytest.raises(LimbeckError, match="rule 'other'"):
         _ = GgufModel(path).tokenizer
+
+
+def test_phi3_takes_the_space_behind_special_tokens(tmp_path):
+    tokenizer = phi3_tokenizer()
+    path = file_of(tmp_path, tokenizer, vocab_size=len(tokenizer))
+    ours = GgufModel(path).tokenizer
+    for text in ("def foo(x):<|end|>\n  return", "a<|end|> b", "<|end|>  <|end|>c", "a<|endoftext|> \nb"):
+        assert ours.encode(text, begin=False) == tokenizer(text, add_special_tokens=False)["input_ids"], text
+
+
+def test_damaged_tokenizers_are_one_error(shipped):
+    whole = GgufModel(shipped).engine.metadata()
+    wrong = {"tokens": 7, "merges": [1, 2], "token_type": [1], "bos_token_id": "x", "model": "other", "pre": "default"}
+    for key, value in wrong.items():
+        with pytest.raises(LimbeckError):
+            GgufTokenizer({**whole, f"tokenizer.ggml.{key}": value}, "it")
+    broken = [*whole["tokenizer.ggml.tokens"]]
+    broken[300] = "\udcff"
+    with pytest.raises(LimbeckError, match="can not be read"):
+        GgufTokenizer({**whole, "tokenizer.ggml.tokens": broken}, "it")
+
+
+def test_begin_of_text_and_ends_by_llama_cpps_rules(shipped):
+    whole = GgufModel(shipped).engine.metadata()
+    for rule, begins in (("llama-bpe", True), ("qwen2", False)):
+        told = {**whole, "tokenizer.ggml.pre": rule, "tokenizer.ggml.bos_token_id": 3}
+        del told["tokenizer.ggml.add_bos_token"]
+        assert (GgufTokenizer(told, "it").encode("x")[0] == 3) == begins
+    tokens = [*whole["tokenizer.ggml.tokens"]]
+    kinds = np.array(whole["tokenizer.ggml.token_type"])
+    place = int(np.flatnonzero(kinds == 3)[-1])
+    tokens[place] = "<|im_end|>"
+    found = GgufTokenizer({**whole, "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds}, "it")
+    assert place in found.stops
 
 
 # Sampling
@@ -141,8 +176,17 @@ def pair(tmp_path_factory):
     """A model and a draft over a vocabulary of 32 tokens, both far from certain and unlike each other."""
     folder = tmp_path_factory.mktemp("pair")
     files = {}
-    for name, case, seed in (("model", "qwen3", 1), ("recurrent", "qwen3next", 2), ("draft", "llama", 5)):
-        settings = {**CASES[case], "vocab_size": 32, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
+    kinds = (("model", "qwen3", 1), ("recurrent", "qwen3next", 2), ("draft", "llama", 5), ("short", "llama", 6))
+    for name, case, seed in kinds:
+        context = {"max_position_embeddings": 64} if name == "short" else {}
+        settings = {
+            **CASES[case],
+            **context,
+            "vocab_size": 32,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "pad_token_id": None,
+        }
         model = lively_model(seed, **settings)
         with torch.no_grad():
             for p in model.get_output_embeddings().parameters():
@@ -221,9 +265,19 @@ def test_a_draft_of_another_vocabulary_is_refused(pair, shipped):
 
 
 def test_a_text_ends_at_the_context(pair):
-    generation = Generation(GgufModel(pair["model"]), Sampling(0.0), GgufModel(pair["draft"]))
-    most = 320 - 310
-    assert len(list(generation.tokens([7] * 310, 100))) <= most
+    model, draft = GgufModel(pair["model"]), GgufModel(pair["draft"])
+    endless = {"model": model, "sampling": Sampling(0.0)}
+    model.tokenizer.stops = draft.tokenizer.stops = frozenset()
+    plain = list(Generation(**endless).tokens([7] * 300, 100))
+    assert len(plain) == 20
+    assert list(Generation(**endless, draft=draft).tokens([7] * 300, 100)) == plain
+    # A draft whose own context ends earlier proposes until then, or nothing.
+    short = GgufModel(pair["short"])
+    short.tokenizer.stops = frozenset()
+    for length in (10, 63, 64, 200):
+        wanted = list(Generation(**endless).tokens([7] * length, 90))
+        assert list(Generation(**endless, draft=short).tokens([7] * length, 90)) == wanted
+    generation = Generation(model, Sampling(0.0), draft)
     with pytest.raises(ConfigError, match="320 tokens and .* context of 320"):
         list(generation.tokens([7] * 320, 1))
     with pytest.raises(ConfigError, match="no tokens"):
@@ -266,6 +320,10 @@ def test_bench_by_the_command_line(shipped):
 def test_damaged_files_end_in_one_line(tmp_path):
     (tmp_path / "m.gguf").write_bytes(b"GGUF\x03\x00\x00\x00cut")
     refused("cut off or damaged", "generate", tmp_path / "m.gguf")
+    refused("does not exist", "generate", tmp_path / "other.gguf")
+    (tmp_path / "other.gguf").write_bytes(b"no such thing")
+    refused("is no GGUF file", "generate", tmp_path / "other.gguf")
+    refused("does not exist", "bench", tmp_path / "none.gguf")
 
 
 def test_eval_scores_a_file_like_its_student(tmp_path):

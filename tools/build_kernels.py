@@ -25,7 +25,8 @@ def build(into: Path, sanitize: str) -> None:
     folder = ROOT / "build" / f"kernels-{sanitize.replace(',', '-') or 'release'}"
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     configure = ["cmake", "-S", ROOT, "-B", folder, *generator, f"-DPython_EXECUTABLE={sys.executable}"]
-    subprocess.run([*configure, "-DCMAKE_BUILD_TYPE=Release", f"-DLIMBECK_SANITIZE={sanitize}"], check=True)  # noqa: S603
+    settings = ["-DCMAKE_BUILD_TYPE=Release", "-DLIMBECK_WERROR=ON", f"-DLIMBECK_SANITIZE={sanitize}"]
+    subprocess.run([*configure, *settings], check=True)  # noqa: S603
     subprocess.run(["cmake", "--build", folder, "--parallel"], check=True)  # noqa: S603, S607
     into.mkdir(parents=True, exist_ok=True)
     for old in into.glob("_native*"):

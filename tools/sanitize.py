@@ -49,7 +49,7 @@ def main() -> int:
         preload = " ".join(library(each) for each in libraries)
         env = {**os.environ, **OPTIONS, "PYTHONPATH": str(copy), "LD_PRELOAD": preload}
         words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=3000", *TESTS]
-        subprocess.run([*words, "-k", "not mutated and not warns"], check=True, env=env, cwd=ROOT)  # noqa: S603
+        subprocess.run([*words, "-k", "not mutated"], check=True, env=env, cwd=ROOT)  # noqa: S603
         if name == "address":
             _mutants(env, given.mutants)
     return 0
@@ -59,10 +59,11 @@ def _mutants(env: dict[str, str], count: int) -> None:
     folder = ROOT / "build" / "mutants"
     folder.mkdir(parents=True, exist_ok=True)
     script = (
-        "import shutil, sys; sys.path.insert(0, 'tests'); from pathlib import Path; from test_engine import exported\n"
-        "for case in ('llama', 'qwen3next', 'gemma3'):\n"
+        "import shutil, sys; sys.path.insert(0, 'tests'); from pathlib import Path\n"
+        "from test_engine import OWN_CASES, exported\n"
+        "for case in ('llama', 'qwen3next', 'gemma3', *OWN_CASES):\n"
         "    place = Path(sys.argv[1]) / case; shutil.rmtree(place, ignore_errors=True); place.mkdir(parents=True)\n"
-        "    exported(place, case, 'tq2_0')\n"
+        "    exported(place, case, 'f16' if case in OWN_CASES else 'tq2_0', OWN_CASES)\n"
     )
     plain = {key: value for key, value in env.items() if key not in ("LD_PRELOAD", "PYTHONPATH")}
     subprocess.run([sys.executable, "-c", script, folder], check=True, env=plain, cwd=ROOT)  # noqa: S603

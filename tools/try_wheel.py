@@ -23,7 +23,8 @@ print(pathlib.Path(limbeck.__file__).parent / "assets" / "tiny-python")
 
 def main() -> int:
     """Make the environment, install, run; the first failure ends it."""
-    (wheel,) = sorted(Path(sys.argv[1]).resolve().glob("limbeck-*.whl"))
+    wheels = Path(sys.argv[1]).resolve().glob("limbeck-*.whl")
+    wheel = max(wheels, key=lambda path: path.stat().st_mtime)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         subprocess.run([sys.executable, "-m", "venv", place / "env"], check=True)  # noqa: S603

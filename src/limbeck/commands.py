@@ -7,15 +7,17 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from limbeck.config import ModelSource, Recipe
 from limbeck.config.unused import without_effect
 from limbeck.console import warn
-from limbeck.errors import ConfigError
-from limbeck.pipeline import RunReport, plan, run_pipeline
+from limbeck.errors import ConfigError, LimbeckError
+
+if TYPE_CHECKING:  # imports torch, which a GGUF file does not need
+    from limbeck.pipeline import RunReport
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,8 @@ def _for_caching(recipe: Recipe) -> Recipe:
 
 
 def _pipeline(recipe: Recipe, last: str | None, options: Options) -> Result:
+    from limbeck.pipeline import plan, run_pipeline
+
     if options.force and recipe.training.resume_from is not None:
         raise ConfigError(
             f"--force starts over and training.resume_from goes on from {recipe.training.resume_from}; leave one out."
@@ -152,7 +156,7 @@ def _pipeline(recipe: Recipe, last: str | None, options: Options) -> Result:
     return Result(data, _report_text(report, folder or recipe.root))
 
 
-def _report_text(report: RunReport, folder: Path) -> str:
+def _report_text(report: "RunReport", folder: Path) -> str:
     steps = "  ".join(f"{stage.name} {stage.state} {stage.seconds:.1f}s" for stage in report.stages)
     return "\n\n".join([steps, *report.texts, f"results in {folder}"])
 
@@ -245,6 +249,8 @@ def inspect(recipe: Recipe, options: Options) -> Result:
 def _gguf_file(path: Path) -> Path:
     """The file itself, or the one GGUF file of a run's or an export's folder."""
     if not path.is_dir():
+        if not path.is_file():
+            raise LimbeckError(f"{path} does not exist. Name a .gguf file.")
         return path
     found = sorted({*path.glob("*.gguf"), *path.glob("export/*.gguf")})
     if len(found) != 1:

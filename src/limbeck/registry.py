@@ -157,10 +157,11 @@ class OneOf:
     Args:
         registry: the table of names.
         also: names beside those.
+        default: the name that stands where none is given; it is not looked up, because that imports the parts.
     """
 
-    def __init__(self, registry: Registry[Any], *also: str) -> None:
-        self.registry, self._also = registry, also
+    def __init__(self, registry: Registry[Any], *also: str, default: str | None = None) -> None:
+        self.registry, self._also, self._default = registry, also, default
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
         return core_schema.no_info_after_validator_function(self._known, handler(source))
@@ -171,11 +172,14 @@ class OneOf:
 
     def _known(self, value: Any) -> Any:
         try:
-            if value not in self._also:
+            if value not in self._also and not self._is_default(value):
                 self.registry.check(value)
         except ConfigError as error:  # pydantic adds the key
             raise ValueError(str(error).removeprefix(f"{self.registry.key}: ")) from None
         return value
+
+    def _is_default(self, value: Any) -> bool:
+        return isinstance(value, Choice) and value.name == self._default and not value.parameters
 
     def __get_pydantic_json_schema__(self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler) -> Any:
         names = {"type": "string", "enum": self.names()}

@@ -44,19 +44,50 @@ nb::object scalar_at(ValueType type, const uint8_t* data) {
     }
 }
 
+template <class T>
+nb::object numbers(const MetaValue& value) {
+    std::vector<T> found(size_t(value.count));
+    if (!found.empty()) std::memcpy(found.data(), value.data, found.size() * sizeof(T));
+    return nb::cast(to_numpy(std::move(found), {size_t(value.count)}));
+}
+
+// An array of numbers, in the width that the file has it in.
+nb::object array_of(const MetaValue& value) {
+    switch (value.element) {
+        case ValueType::u8:
+        case ValueType::boolean:
+            return numbers<uint8_t>(value);
+        case ValueType::i8:
+            return numbers<int8_t>(value);
+        case ValueType::u16:
+            return numbers<uint16_t>(value);
+        case ValueType::i16:
+            return numbers<int16_t>(value);
+        case ValueType::u32:
+            return numbers<uint32_t>(value);
+        case ValueType::i32:
+            return numbers<int32_t>(value);
+        case ValueType::u64:
+            return numbers<uint64_t>(value);
+        case ValueType::i64:
+            return numbers<int64_t>(value);
+        case ValueType::f32:
+            return numbers<float>(value);
+        default:
+            return numbers<double>(value);
+    }
+}
+
 nb::object to_python(const MetaValue& value) {
+    if (value.type != ValueType::array && value.type != ValueType::string) return scalar_at(value.type, value.data);
+    if (value.element != ValueType::string) return array_of(value);
     nb::list found;
     const uint8_t* at = value.data;
     for (uint64_t i = 0; i < value.count; ++i) {
-        if (value.element == ValueType::string) {
-            uint64_t length;
-            std::memcpy(&length, at, sizeof length);
-            found.append(text_at(at + 8, size_t(length)));
-            at += 8 + length;
-        } else {
-            found.append(scalar_at(value.element, at));
-            at += size_of(value.element);
-        }
+        uint64_t length;
+        std::memcpy(&length, at, sizeof length);
+        found.append(text_at(at + 8, size_t(length)));
+        at += 8 + length;
     }
     if (value.type == ValueType::array) return found;
     return found[0];
@@ -123,12 +154,12 @@ void bind_engine(nb::module_& module) {
             },
             "path"_a, "threads"_a = 0, "pin"_a = false, "numa_aware"_a = false, "cache"_a = "f16",
             "tokens_at_once"_a = 512)
-        .def("create", &Engine::create)
-        .def("drop", &Engine::drop, "sequence"_a)
-        .def("fork", &Engine::fork, "sequence"_a)
-        .def("truncate", &Engine::truncate, "sequence"_a, "length"_a)
-        .def("length", &Engine::length, "sequence"_a)
-        .def("bytes", &Engine::bytes, "sequence"_a)
+        .def("create", &Engine::create, nb::call_guard<nb::gil_scoped_release>())
+        .def("drop", &Engine::drop, nb::call_guard<nb::gil_scoped_release>(), "sequence"_a)
+        .def("fork", &Engine::fork, nb::call_guard<nb::gil_scoped_release>(), "sequence"_a)
+        .def("truncate", &Engine::truncate, nb::call_guard<nb::gil_scoped_release>(), "sequence"_a, "length"_a)
+        .def("length", &Engine::length, nb::call_guard<nb::gil_scoped_release>(), "sequence"_a)
+        .def("bytes", &Engine::bytes, nb::call_guard<nb::gil_scoped_release>(), "sequence"_a)
         .def("forward", &forward, "requests"_a)
         .def("metadata", [](Engine& self) { return metadata(self.file()); })
         .def_prop_ro("can_truncate", &Engine::can_truncate)
@@ -138,6 +169,7 @@ void bind_engine(nb::module_& module) {
         .def_prop_ro("parameters", [](Engine& self) { return self.info().parameters; })
         .def_prop_ro("weight_bytes_a_token", [](Engine& self) { return self.load().bytes; })
         .def_prop_ro("weights_a_token", [](Engine& self) { return self.load().weights; })
+        .def_prop_ro("width", [](Engine& self) { return self.info().width; })
         .def_prop_ro("threads", [](Engine& self) { return self.pool().threads(); });
 }
 

@@ -15,9 +15,9 @@ unsigned Matrix::form() const {
     if (!tiled_) return kFloats;
     switch (tiles_.kind()) {
         case TileKind::two_bits_128:
-            return kRows128;
+            return whole_rows_ ? kRows128 : kBlocks128;
         case TileKind::two_bits_64:
-            return kRows64;
+            return whole_rows_ ? kRows64 : kBlocks64;
         default:
             return kBlocks32;
     }
@@ -49,11 +49,11 @@ Tiles tiles_from(const BlockType& type, const uint8_t* source, size_t matrices, 
 Rows::Rows(Frame& frame, size_t count, size_t columns, unsigned forms) : count(count), columns(columns) {
     floats = frame.take<float>(count * columns);
     size_t place = 0;
-    for (unsigned form : {kRows128, kRows64, kBlocks32}) {
+    for (unsigned form : {kRows128, kRows64, kBlocks32, kBlocks128, kBlocks64}) {
         if (!(forms & form)) continue;
         Quantised& made = forms_[place++];
         made.form = form;
-        made.block = form == kRows128 ? 128 : form == kRows64 ? 64 : 32;
+        made.block = form & (kRows128 | kBlocks128) ? 128 : form & (kRows64 | kBlocks64) ? 64 : 32;
         made.blocks = (columns + made.block - 1) / made.block;
         made.codes = frame.take<int8_t>(count * made.blocks * made.block);
         made.scales = frame.take<float>(count * made.blocks);
@@ -66,7 +66,7 @@ void Rows::finish(size_t number) const {
         if (made.form == 0) break;
         const size_t padded = made.blocks * made.block;
         int8_t* codes = made.codes + number * padded;
-        kernels().quantise(row(number), columns, made.block, made.form != kBlocks32, codes,
+        kernels().quantise(row(number), columns, made.block, bool(made.form & (kRows128 | kRows64)), codes,
                            made.scales + number * made.blocks, made.sums + number * made.blocks);
         std::fill(codes + columns, codes + padded, int8_t(0));
     }
@@ -93,7 +93,14 @@ void Product::run(size_t first_unit, size_t last_unit) const {
                      first, last);
 }
 
-void multiply(const Worker& worker, const Product* products, size_t count) {
+void multiply(const Worker& worker, std::initializer_list<Product> products) {
+    for (const Product& product : products) {
+        const auto [first, last] = worker.part(product.units());
+        product.run(first, last);
+    }
+}
+
+void multiply_together(const Worker& worker, const Product* products, size_t count) {
     size_t whole = 0;
     for (size_t i = 0; i < count; ++i) whole += products[i].cost();
     // Each thread takes one stretch of the products laid end to end: one stream of memory a thread.

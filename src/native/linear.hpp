@@ -27,14 +27,16 @@ class Frame {
     size_t used_ = 0;
 };
 
-// What a product needs of its input, as bits.
-enum Form : unsigned { kFloats = 1, kRows128 = 2, kRows64 = 4, kBlocks32 = 8 };
+// What a product needs of its input, as bits: floats, or int8 with one scale a row (sums by blocks) or a block.
+enum Form : unsigned { kFloats = 1, kRows128 = 2, kRows64 = 4, kBlocks32 = 8, kBlocks128 = 16, kBlocks64 = 32 };
 
 // A matrix `[rows, columns]`, or several of one shape.
 class Matrix {
  public:
     Matrix() = default;
-    explicit Matrix(Tiles tiles) : tiles_(std::move(tiles)), tiled_(true) {}
+    // whole_rows: 2-bit weights take activations of one scale a token, as in training that rounds them so.
+    explicit Matrix(Tiles tiles, bool whole_rows = true)
+        : tiles_(std::move(tiles)), tiled_(true), whole_rows_(whole_rows) {}
     // Borrowed floats, which outlive the matrix.
     Matrix(FloatKind kind, const uint8_t* floats, size_t matrices, size_t rows, size_t columns)
         : kind_(kind), floats_(floats), matrices_(matrices), rows_(rows), columns_(columns) {}
@@ -51,7 +53,7 @@ class Matrix {
 
  private:
     Tiles tiles_;
-    bool tiled_ = false;
+    bool tiled_ = false, whole_rows_ = true;
     FloatKind kind_ = FloatKind::f32;
     const uint8_t* floats_ = nullptr;
     size_t matrices_ = 0, rows_ = 0, columns_ = 0;
@@ -88,7 +90,7 @@ class Rows {
         int32_t* sums = nullptr;
         size_t block = 0, blocks = 0;
     };
-    Quantised forms_[3];
+    Quantised forms_[5];
 };
 
 // One product of a phase: several of them share one division of the work.
@@ -113,10 +115,9 @@ class Product {
     size_t stride_;
 };
 
-// This thread's share of some products; no barrier.
-void multiply(const Worker& worker, const Product* products, size_t count);
-inline void multiply(const Worker& worker, std::initializer_list<Product> products) {
-    multiply(worker, products.begin(), products.size());
-}
+// This thread's share of some products, of each the part that it filled when the weights were loaded; no barrier.
+void multiply(const Worker& worker, std::initializer_list<Product> products);
+// The same where products are many and small: they are laid end to end and shared out as one.
+void multiply_together(const Worker& worker, const Product* products, size_t count);
 
 }  // namespace limbeck

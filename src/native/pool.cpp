@@ -5,7 +5,11 @@
 #include <cstdio>
 #include <fstream>
 #include <sstream>
+#include <stdexcept>
 #include <string>
+#include <system_error>
+
+#include "kernels.hpp"
 
 #if defined(__linux__)
 #include <pthread.h>
@@ -28,6 +32,30 @@ void pause() {
     asm volatile("yield");
 #endif
 }
+
+// What a thread is ended with where another one has failed.
+struct OtherFailed {};
+
+// The caller's own processors, which it has again when a run has ended.
+class Borrowed {
+ public:
+    explicit Borrowed(bool wanted) : wanted_(wanted) {
+#if defined(__linux__)
+        if (wanted_) wanted_ = sched_getaffinity(0, sizeof before_, &before_) == 0;
+#endif
+    }
+    ~Borrowed() {
+#if defined(__linux__)
+        if (wanted_) sched_setaffinity(0, sizeof before_, &before_);
+#endif
+    }
+
+ private:
+    bool wanted_;
+#if defined(__linux__)
+    cpu_set_t before_;
+#endif
+};
 
 std::vector<int> allowed_processors() {
     std::vector<int> found;
@@ -90,10 +118,19 @@ Pool::Pool(int threads, Placement placement) {
     } else if (placement.pin) {
         for (int index = 0; index < threads_; ++index) processors_.push_back({allowed[size_t(index) % allowed.size()]});
     }
-    for (int index = 1; index < threads_; ++index) others_.emplace_back([this, index] { loop(index); });
+    kernels();  // a level that this processor lacks shows here, and not on one thread of many
+    try {
+        for (int index = 1; index < threads_; ++index) others_.emplace_back([this, index] { loop(index); });
+    } catch (const std::system_error& error) {
+        stop();
+        throw std::invalid_argument("of " + std::to_string(threads_) + " threads only " +
+                                    std::to_string(others_.size() + 1) + " can be started (" + error.what() + ").");
+    }
 }
 
-Pool::~Pool() {
+Pool::~Pool() { stop(); }
+
+void Pool::stop() {
     {
         std::lock_guard<std::mutex> lock(mutex_);
         stop_ = true;
@@ -119,9 +156,11 @@ void Pool::call(int index) {
     Worker worker(*this, index, threads_);
     try {
         (*work_)(worker);
+    } catch (const OtherFailed&) {
     } catch (...) {
         std::lock_guard<std::mutex> lock(mutex_);
         if (!error_) error_ = std::current_exception();
+        failed_ = true;
     }
 }
 
@@ -147,6 +186,8 @@ void Pool::loop(int index) {
 
 void Pool::run(const std::function<void(Worker&)>& work) {
     std::lock_guard<std::mutex> only(one_run_);
+    const Borrowed borrowed(!processors_.empty());
+    place(0);
     work_ = &work;
     finished_.store(0, std::memory_order_relaxed);
     generation_.fetch_add(1);
@@ -161,12 +202,15 @@ void Pool::run(const std::function<void(Worker&)>& work) {
         pause();
         if (spins % kSpinsBeforeYield == 0) std::this_thread::yield();
     }
+    arrived_ = 0;
+    failed_ = false;
     if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
 }
 
 void Worker::barrier() {
     if (count_ == 1) return;
     const uint64_t phase = pool_.phase_.load(std::memory_order_acquire);
+    if (pool_.failed_) throw OtherFailed();
     if (pool_.arrived_.fetch_add(1, std::memory_order_acq_rel) == count_ - 1) {
         pool_.arrived_.store(0, std::memory_order_relaxed);
         pool_.phase_.store(phase + 1, std::memory_order_release);
@@ -174,6 +218,7 @@ void Worker::barrier() {
     }
     for (int spins = 1; pool_.phase_.load(std::memory_order_acquire) == phase; ++spins) {
         pause();
+        if (pool_.failed_) throw OtherFailed();
         if (spins % kSpinsBeforeYield == 0) std::this_thread::yield();
     }
 }

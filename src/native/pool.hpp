@@ -27,7 +27,7 @@ class Worker {
     int index() const { return index_; }
     int count() const { return count_; }
 
-    // Waits for all threads of the run.
+    // Waits for all threads of the run; throws where one of them has failed.
     void barrier();
 
     // This thread's part [first, last) of n items, in one piece.
@@ -55,8 +55,8 @@ class Pool {
 
     int threads() const { return threads_; }
 
-    // Calls work once on every thread; the first exception of any of them is thrown here.
-    // No thread may throw between two barriers that others wait at: work that can fail checks first.
+    // Calls work once on every thread; the first exception of any of them is thrown here, and ends the others at
+    // their next barrier.
     void run(const std::function<void(Worker&)>& work);
 
  private:
@@ -64,6 +64,7 @@ class Pool {
     void loop(int index);
     void call(int index);
     void place(int index) const;
+    void stop();
 
     int threads_;
     std::vector<std::vector<int>> processors_;  // of each thread; empty where threads are not pinned
@@ -75,7 +76,7 @@ class Pool {
     alignas(64) std::atomic<int> arrived_{0};
     alignas(64) std::atomic<uint64_t> phase_{0};
     std::atomic<int> parked_{0};
-    std::atomic<bool> stop_{false};
+    std::atomic<bool> stop_{false}, failed_{false};
     std::mutex mutex_;
     std::condition_variable wake_;
     std::exception_ptr error_;

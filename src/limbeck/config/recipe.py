@@ -33,7 +33,7 @@ class EvaluationConfig(Section):
 
     max_rows: PositiveInt | None = Field(None, description="Held-out rows scored; default all.")
     batch_size: PositiveInt = Field(8, description="Rows in one batch.")
-    suites: list[Annotated[Choice, OneOf(SUITES)]] = Field(
+    suites: list[Annotated[Choice, OneOf(SUITES, default="fidelity")]] = Field(
         [Choice(name="fidelity")], description="What is measured: names, or {name: NAME, parameter: value}."
     )
     model: Path | None = Field(None, description="Folder of the model `limbeck eval` scores; default the student.")

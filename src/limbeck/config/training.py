@@ -42,7 +42,7 @@ class LossConfig(Section):
     halting: Annotated[float, Field(ge=0.0)] = Field(
         0.5, description="Weight of the halting head's cross-entropy, for a RetNet-HRM that has one."
     )
-    divergence: Annotated[Choice, OneOf(DIVERGENCES)] = Field(
+    divergence: Annotated[Choice, OneOf(DIVERGENCES, default="forward_kl")] = Field(
         Choice(name="forward_kl"),
         description="How the student is compared with the teacher: a name, or {name: jsd, beta: 0.3} with the "
         "teacher's share of the mixture, {name: skewed_kl, skew: 0.1} with its share mixed into the student.",

@@ -198,6 +198,8 @@ class GGUFExport:
         try:
             writer.add_file_type(_FILE_TYPES[chosen])
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+            if self.ternary.get("activation_bits") is not None:  # how limbeck's engine is to round them
+                writer.add_bool("limbeck.activations_per_token", True)
             arch.add_numbers(writer)
             add_vocabulary(writer, self.folder, self.config.vocab_size, self.name or self.folder.resolve().name)
             for entry in planned:

@@ -2,6 +2,8 @@
 
 Export and engine share the table."""
 
+import re
+
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_REST}"
@@ -16,8 +18,25 @@ RULES: dict[tuple[str | None, bool], str] = {
     (_QWEN2, False): "qwen2",
     (DIGITS, False): "refact",
 }
-#: Other names of llama.cpp's for the same rules.
-ALIASES = {"default": "gpt-2", "smollm": "refact", "llama3": "llama-bpe", "olmo": "gpt-2", "starcoder": "refact"}
+#: Other names of llama.cpp's for the same rules; `default` and a missing name are a rule of its own, which is not here.
+ALIASES = {
+    "smollm": "refact",
+    "starcoder": "refact",
+    "llama3": "llama-bpe",
+    "llama-v3": "llama-bpe",
+    "falcon3": "llama-bpe",
+    "olmo": "gpt-2",
+}
+#: Rules whose files have a begin-of-text before every text where they do not say otherwise.
+BEGINS_WITH_BOS = frozenset({"llama-bpe"})
+#: Special tokens that end a turn or a text, whatever ids a file names.
+ENDS = frozenset(
+    {"<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>"}
+)
+#: Names of files in which llama.cpp treats special tokens in another way than it does elsewhere.
+NAMED_AFTER = re.compile(r"(phi)-?(3)|(modern)-(bert)", re.IGNORECASE)
+#: The special tokens of Phi 3 that leave the space behind them as it is; `</s>` and all added ones take it away.
+PHI3_LEAVES = frozenset({"<unk>", "<s>", "<|endoftext|>"})
 
 
 def rule_named(name: str) -> tuple[str, bool] | None:

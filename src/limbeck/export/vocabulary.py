@@ -5,7 +5,6 @@ tokenizer that is neither exactly is refused, because its text would be cut else
 """
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,7 @@ from typing import Any
 from limbeck.data.tokenizer import is_byte_token, load_tokenizer
 from limbeck.errors import LimbeckError
 from limbeck.export.sentencepiece import adds_space, is_sentencepiece, scores
-from limbeck.export.splitting import DIGITS, GPT2, RULES
-
-#: Names of files in which llama.cpp treats special tokens in another way than it does elsewhere.
-_NAMED_AFTER = re.compile(r"(phi)-?(3)|(modern)-(bert)", re.IGNORECASE)
-#: The special tokens of Phi 3 that leave the space behind them as it is; `</s>` and all added ones take it away.
-_PHI3_LEAVES = frozenset({"<unk>", "<s>", "<|endoftext|>"})
+from limbeck.export.splitting import DIGITS, GPT2, NAMED_AFTER, PHI3_LEAVES, RULES
 
 
 def splitting_rule(tokenizer: dict[str, Any]) -> str:
@@ -86,13 +80,13 @@ def name_in_file(name: str, tokenizer: Mapping[str, Any]) -> str:
         raise LimbeckError(f"the tokenizer's {odd} has lstrip or single_word set, which llama.cpp does not follow.")
     taking = {token for token, entry in added.items() if entry.get("rstrip")}
     if not taking:
-        return _NAMED_AFTER.sub(lambda found: " ".join(part for part in found.groups() if part), name)
-    if "</s>" in taking and set(added) >= _PHI3_LEAVES and taking == set(added) - _PHI3_LEAVES:
-        found = _NAMED_AFTER.search(name)
+        return NAMED_AFTER.sub(lambda found: " ".join(part for part in found.groups() if part), name)
+    if "</s>" in taking and set(added) >= PHI3_LEAVES and taking == set(added) - PHI3_LEAVES:
+        found = NAMED_AFTER.search(name)
         return name if found and found[1] else f"{name} (phi3 tokenizer)"
     raise LimbeckError(
         f"the tokenizer's {min(taking)} has rstrip set; llama.cpp follows that in Phi 3's tokenizer alone, where all "
-        f"added tokens have it but {', '.join(sorted(_PHI3_LEAVES))}. Save the tokenizer without rstrip."
+        f"added tokens have it but {', '.join(sorted(PHI3_LEAVES))}. Save the tokenizer without rstrip."
     )
 
 

@@ -172,9 +172,13 @@ class Weights:
     """
 
     def __init__(self, name: str, blocks: Array, pool: Pool) -> None:
-        self._type = type
         self._codes, self._scales = split(name, blocks)
-        self._ternary = name in ("tq1_0", "tq2_0", "q2_0") or (name == "q4_0" and int(np.abs(self._codes).max()) <= 1)
+        self._whole_rows = name in ("tq1_0", "tq2_0", "q2_0") or (name == "q4_0" and self._has_ternary_groups())
+
+    def _has_ternary_groups(self) -> bool:
+        """Codes of -1, 0 and 1 with scales of 64 columns at least: ternary weights in another type."""
+        paired = self._scales.shape[-1] % 2 == 0 and np.array_equal(self._scales[..., ::2], self._scales[..., 1::2])
+        return paired and int(np.abs(self._codes).max()) <= 1
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -190,7 +194,7 @@ class Weights:
     def _product(self, matrix: int, x: Array) -> Array:
         """`[T, C]` by one matrix: activations with one scale a token (ternary) or a block (others)."""
         held, columns = self._codes[matrix], self._codes.shape[-1]
-        codes, scales, _ = quantise_activations(x, columns, self._ternary)
+        codes, scales, _ = quantise_activations(x, columns, self._whole_rows)
         grouped = codes.reshape(len(x), -1, columns).astype(np.float32)
         whole = np.einsum("tbc,rbc->trb", grouped, held.astype(np.float32))
         result: Array = np.einsum("trb,rb,tb->tr", whole, self._scales[matrix], scales)
@@ -204,6 +208,9 @@ class Weights:
     def multiply_experts(self, x: Array, experts: Array, pool: Pool) -> Array:
         """`[T, C]` to `[T, K, R]` by the matrices `[T, K]` that each token chose."""
         self._check(x)
+        wrong = experts[(experts < 0) | (experts >= self.shape[0])]
+        if len(wrong):
+            raise ValueError(f"expert {wrong[0]} was chosen and there are {self.shape[0]}.")
         out = np.zeros((*experts.shape, self.shape[1]), np.float32)
         for expert in np.unique(experts):
             tokens, places = np.nonzero(experts == expert)

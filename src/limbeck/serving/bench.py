@@ -76,9 +76,14 @@ def _rates(model: GgufModel, bench: BenchConfig, threads: int) -> dict[str, Any]
         "decode_tokens_per_second": round(write, 1),
         "gigabytes_per_second": round(moved / 1e9, 2),
         "share_of_bandwidth": round(moved / bandwidth, 3),
-        "share_of_arithmetic": round(2.0 * model.engine.weights_a_token * read / arithmetic, 3),
+        "share_of_arithmetic": round(2.0 * _prompt_weights(model) * read / arithmetic, 3),
         "machine": {"gigabytes_per_second": round(bandwidth / 1e9, 1), "gops": round(arithmetic / 1e9, 1)},
     }
+
+
+def _prompt_weights(model: GgufModel) -> int:
+    """Weights that a token of a prompt is multiplied with: all but the head, which reads the last one alone."""
+    return int(model.engine.weights_a_token - model.engine.vocabulary * model.engine.width)
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -30,7 +30,8 @@ class Statistics:
     Attributes:
         prompt_tokens, new_tokens: how many.
         prefill_seconds, decode_seconds: reading the prompt, and writing.
-        passes: of the model, each of which gave one token or more.
+        passes: of the model after the prompt's, each of which gave one token or more.
+        decoded: tokens of those passes; the prompt's own gave the first where there is no draft.
         proposed, kept: tokens of the draft.
     """
 
@@ -39,6 +40,7 @@ class Statistics:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     passes: int = 0
+    decoded: int = 0
     proposed: int = 0
     kept: int = 0
 
@@ -48,11 +50,11 @@ class Statistics:
             "prompt_tokens": self.prompt_tokens,
             "new_tokens": self.new_tokens,
             "prefill_tokens_per_second": _rate(self.prompt_tokens, self.prefill_seconds),
-            "decode_tokens_per_second": _rate(self.new_tokens, self.decode_seconds),
+            "decode_tokens_per_second": _rate(self.decoded, self.decode_seconds),
         }
         if self.proposed:
             found["accepted_share"] = self.kept / self.proposed
-            found["tokens_per_pass"] = self.new_tokens / max(1, self.passes)
+            found["tokens_per_pass"] = self.decoded / self.passes
         return found
 
 
@@ -103,22 +105,21 @@ class Generation:
         most = min(most, context - len(prompt))
         rng = np.random.default_rng(self.sampling.seed)
         stops = self.model.tokenizer.stops
-        every = self._plain(prompt, rng) if self.draft is None else self._speculative(prompt, rng, self.draft)
+        self.statistics.prompt_tokens = len(prompt)
+        if self.draft is None or len(prompt) >= (self.draft.engine.context or 1 << 30):
+            every = self._plain(prompt, rng)  # a draft that cannot read the prompt proposes nothing
+        else:
+            every = self._speculative(prompt, rng, self.draft)
         for number in itertools.islice(every, most):
             self.statistics.new_tokens += 1
             if number in stops:
                 return
             yield number
 
-    def _read(self, line: Line, prompt: Sequence[int]) -> Array:
-        start = time.perf_counter()
-        logits = line.extend(prompt)
-        self.statistics.prompt_tokens, self.statistics.prefill_seconds = len(prompt), time.perf_counter() - start
-        return logits
-
     def _plain(self, prompt: Sequence[int], rng: np.random.Generator) -> Iterator[int]:
-        line = self.model.line()
-        logits = self._read(line, prompt)
+        line, start = self.model.line(), time.perf_counter()
+        logits = line.extend(prompt)
+        self.statistics.prefill_seconds = time.perf_counter() - start
         while True:
             start = time.perf_counter()
             number = draw(self.sampling.distribution(logits), rng)
@@ -127,26 +128,29 @@ class Generation:
             start = time.perf_counter()
             logits = line.extend([number])
             self.statistics.passes += 1
+            self.statistics.decoded += 1
             self.statistics.decode_seconds += time.perf_counter() - start
 
     def _speculative(self, prompt: Sequence[int], rng: np.random.Generator, draft: GgufModel) -> Iterator[int]:
         """The model has read all but the last token, and so has the draft: each pass begins with that one."""
         rest = _Reader(self.model.line()), _Reader(draft.line())
+        last, start = prompt[-1], time.perf_counter()
         if len(prompt) > 1:
-            self._read(rest[0].line, prompt[:-1])
+            rest[0].line.extend(prompt[:-1])
             rest[1].line.extend(prompt[:-1])
-        last = prompt[-1]
+        self.statistics.prefill_seconds = time.perf_counter() - start
         while True:
             start = time.perf_counter()
             found = self._pass(*rest, last, rng)
             self.statistics.decode_seconds += time.perf_counter() - start
+            self.statistics.decoded += len(found)
             yield from found
             last = found[-1]
 
     def _pass(self, model: "_Reader", draft: "_Reader", last: int, rng: np.random.Generator) -> list[int]:
         """The tokens of one pass; the two then have read all of them but the last."""
-        room = (self.model.engine.context or 1 << 30) - len(model.line) - 1
-        count = max(0, min(self.draft_tokens, room))
+        room = min(_room(self.model, model.line), _room(self.draft or self.model, draft.line))
+        count = max(0, min(self.draft_tokens, room - 1))
         proposed: list[int] = []
         guesses: list[Array] = []
         draft.mark()
@@ -171,7 +175,8 @@ class Generation:
         else:
             next_one = draw(self.sampling.distribution(every[count]), rng)
         model.keep([last, *proposed], kept + 1)
-        draft.keep([last, *proposed], kept + 1)
+        if _room(self.draft or self.model, draft.line) > kept + 1:  # one that is full proposes nothing any more
+            draft.keep([last, *proposed], kept + 1)
         return [*proposed[:kept], next_one]
 
 
@@ -187,6 +192,11 @@ def write_text(settings: GenerationConfig, engine: EngineConfig) -> dict[str, An
     text = model.tokenizer.decode([*prompt, *ids])
     statistics = generation.statistics.as_dict()
     return {"model": str(settings.model), "prompt": settings.prompt, "text": text, "statistics": statistics}
+
+
+def _room(model: GgufModel, line: Line) -> int:
+    """Tokens that a line can still read."""
+    return int(model.engine.context or 1 << 30) - len(line)
 
 
 def _left_over(wanted: Array, guessed: Array) -> Array:

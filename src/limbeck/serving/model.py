@@ -15,12 +15,18 @@ Array = np.ndarray[Any, Any]
 
 
 def is_gguf(path: Path | str | None) -> bool:
-    """True for a file of that format."""
+    """True for a file of that format, and for a file of that name, which is then refused with the reason.
+
+    Raises:
+        LimbeckError: the name ends in .gguf and there is no such file.
+    """
     place = Path(path) if path is not None else None
     if place is None or not place.is_file():
+        if place is not None and place.suffix == ".gguf":
+            raise LimbeckError(f"{place} does not exist. Name a .gguf file.")
         return False
     with place.open("rb") as file:
-        return file.read(4) == b"GGUF"
+        return file.read(4) == b"GGUF" or place.suffix == ".gguf"
 
 
 class GgufModel:
@@ -85,8 +91,15 @@ class Line:
         return int(self.engine.length(self.number))
 
     def extend(self, ids: Sequence[int], every: bool = False) -> Array:
-        """Go on with ids; logits `[V]` behind the last one, or with `every` `[len(ids), V]` behind each."""
-        logits: Array = self.engine.forward([(self.number, list(ids), every)])
+        """Go on with ids; logits `[V]` behind the last one, or with `every` `[len(ids), V]` behind each.
+
+        Raises:
+            LimbeckError: an id is not in the vocabulary, or the text would exceed the context.
+        """
+        try:
+            logits: Array = self.engine.forward([(self.number, list(ids), every)])
+        except ValueError as error:
+            raise LimbeckError(str(error)) from error
         return logits if every else logits[0]
 
     def copy(self) -> "Line":

@@ -51,10 +51,15 @@ class Sampling:
             certain = np.zeros(len(scores))
             certain[int(np.argmax(scores))] = 1.0
             return certain
+        if 0 < self.top_k < len(scores):  # the rest works on these alone
+            best = np.argpartition(scores, -self.top_k)[-self.top_k :]
+            found = np.zeros(len(scores))
+            found[best] = self._chosen(scores[best])
+            return found
+        return self._chosen(scores)
+
+    def _chosen(self, scores: Array) -> Array:
         scaled = scores / self.temperature
-        if 0 < self.top_k < len(scaled):
-            least = np.partition(scaled, -self.top_k)[-self.top_k]
-            scaled = np.where(scaled < least, -np.inf, scaled)
         probabilities: Array = np.exp(scaled - scaled.max())
         probabilities /= probabilities.sum()
         if self.min_p > 0.0:

@@ -4,11 +4,12 @@ The one idea: the file holds tokens, merges or scores, and the name of a splitti
 other words, so it is turned back into one. A rule that is not known is refused: every id after it would be wrong.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from limbeck.console import printable
 from limbeck.errors import LimbeckError
-from limbeck.export.splitting import DIGITS, GPT2, RULES, rule_named
+from limbeck.export.splitting import ALIASES, BEGINS_WITH_BOS, DIGITS, ENDS, GPT2, PHI3_LEAVES, RULES, rule_named
 
 _SPACE = "▁"
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  # GGUF's types of tokens
@@ -32,14 +33,24 @@ class GgufTokenizer:
 
     def __init__(self, metadata: dict[str, Any], name: str) -> None:
         self._meta, self._name = metadata, name
-        self.tokens: list[str] = self._get("tokens")
-        self._types: list[int] = metadata.get("tokenizer.ggml.token_type") or [_NORMAL] * len(self.tokens)
-        self.size = len(self.tokens)
-        self.bos, self.eos = self._id("bos"), self._id("eos")
-        ends = [self.eos, self._id("eot"), self._id("eom")]
+        try:
+            self.tokens: list[str] = [str(token) for token in self._get("tokens")]
+            self.size = len(self.tokens)
+            self._types = self._list("token_type", int, [_NORMAL] * self.size)
+            self.bos, self.eos = self._id("bos"), self._id("eos")
+            self._fast = self._build()
+        except LimbeckError:
+            raise
+        except Exception as error:  # whatever a damaged file holds in place of a tokenizer
+            raise LimbeckError(f"{name} has a tokenizer that can not be read: {printable(str(error), 200)}.") from error
+        ends = {self.eos, self._id("eot"), self._id("eom")}
+        ends |= {
+            number for number, token in enumerate(self.tokens) if token in ENDS and self._types[number] == _CONTROL
+        }
         self.stops = frozenset(number for number in ends if number is not None)
-        self._adds_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", self._get("model") == "llama"))
-        self._fast = self._build()
+        rule = str(metadata.get("tokenizer.ggml.pre"))
+        adds = self._get("model") == "llama" or ALIASES.get(rule, rule) in BEGINS_WITH_BOS
+        self._adds_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", adds))
 
     @property
     def chat_template(self) -> str | None:
@@ -47,10 +58,10 @@ class GgufTokenizer:
         found = self._meta.get("tokenizer.chat_template")
         return None if found is None else str(found)
 
-    def encode(self, text: str, special: bool = True) -> list[int]:
-        """Ids of a text; with `special`, the file's begin-of-text before it, and special tokens in it are found."""
+    def encode(self, text: str, begin: bool = True) -> list[int]:
+        """Ids of a text, in which special tokens are found; with `begin`, the file's begin-of-text before it."""
         ids: list[int] = self._fast.encode(text, add_special_tokens=False).ids
-        first = [self.bos] if special and self._adds_bos and self.bos is not None else []
+        first = [self.bos] if begin and self._adds_bos and self.bos is not None else []
         return [*first, *ids]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -84,6 +95,14 @@ class GgufTokenizer:
             raise LimbeckError(f"{self._name} has no tokenizer.ggml.{key}; it cannot be given text.")
         return found
 
+    def _list(self, key: str, kind: Callable[[Any], Any], otherwise: list[Any] | None = None) -> list[Any]:
+        """A list with an entry for each token."""
+        given = self._meta.get(f"tokenizer.ggml.{key}")
+        found = otherwise if given is None and otherwise is not None else [kind(entry) for entry in self._get(key)]
+        if len(found) != self.size:
+            raise LimbeckError(f"{self._name} has {self.size} tokens and {len(found)} entries of tokenizer.ggml.{key}.")
+        return found
+
     def _id(self, name: str) -> int | None:
         found = self._meta.get(f"tokenizer.ggml.{name}_token_id")
         return int(found) if found is not None and 0 <= int(found) < self.size else None
@@ -97,12 +116,12 @@ class GgufTokenizer:
                 f"{self._name} has a tokenizer of kind {kind!r}; gpt2 (byte-level BPE) and llama are read."
             )
         fast = self._byte_level() if kind == "gpt2" else self._sentencepiece()
-        added = [(number, kind) for number, kind in enumerate(self._types) if kind in (_CONTROL, _USER, _UNKNOWN)]
+        phi3 = "phi3" in str(self._meta.get("general.name", "")).lower().replace("-", "")
         for special in (True, False):
             tokens = [
-                AddedToken(self.tokens[number], special=special, normalized=False)
-                for number, kind in added
-                if (kind != _USER) == special
+                AddedToken(token, special=special, normalized=False, rstrip=phi3 and token not in PHI3_LEAVES)
+                for token, kind in zip(self.tokens, self._types, strict=True)
+                if kind in (_CONTROL, _USER, _UNKNOWN) and (kind != _USER) == special
             ]
             (fast.add_special_tokens if special else fast.add_tokens)(tokens)
         return fast
@@ -134,7 +153,7 @@ class GgufTokenizer:
     def _sentencepiece(self) -> Any:
         from tokenizers import Tokenizer, decoders, models, normalizers
 
-        scores: list[float] = self._get("scores")
+        scores: list[float] = self._list("scores", float)
         vocab = {token: number for number, token in enumerate(self.tokens)}
         made: list[tuple[float, int, tuple[str, str]]] = []
         for number, token in enumerate(self.tokens):

@@ -133,6 +133,7 @@ AttentionLayer::AttentionLayer(Weights& weights, const std::string& prefix, cons
     };
     q_norm_ = norm("attn_q_norm.weight", shape.heads);
     k_norm_ = norm("attn_k_norm.weight", shape.kv_heads);
+    norms_all_heads_ = q_norm_.size() > shape.head_width || k_norm_.size() > shape.head_width;
     if (shape_.scale == 0) shape_.scale = 1.0f / std::sqrt(float(shape.head_width));
 }
 
@@ -158,7 +159,7 @@ void AttentionLayer::prepare_heads(const Step& step, size_t slot, size_t token, 
         k.add_scaled(row, bias.data() + number * size, 1.0f, size);
     }
     const std::vector<float>& norm = query ? q_norm_ : k_norm_;
-    if (!value && norm.size() == width) k.rms_norm(row, norm.data(), shape_.eps, row, width);
+    if (!value && !norms_all_heads_ && !norm.empty()) k.rms_norm(row, norm.data(), shape_.eps, row, width);
     if (!value && rope_ != nullptr) rope_->turn(step.rotations[size_t(shape_.rope)] + token * rope_->dimensions(), row);
     if (query) {
         for (size_t i = 0; i < width; ++i) row[i] *= shape_.scale;
@@ -194,7 +195,8 @@ void AttentionLayer::attend(Worker& worker, const Step& step, size_t slot, const
                     std::copy(from, from + width, q + i * width);
                     const int32_t position = int32_t(span.start + begin + i / group);
                     last[i] = position + 1;
-                    first[i] = shape_.window ? std::max(0, last[i] - int32_t(shape_.window)) : 0;
+                    first[i] =
+                        shape_.window ? std::max(0, last[i] - int32_t(std::min<size_t>(shape_.window, INT32_MAX))) : 0;
                 }
                 kernels().attend({count * group, width, q, out, first, last, cache.keys_of(kv), cache.values_of(kv),
                                   shape_.cache, work});
@@ -222,7 +224,7 @@ void AttentionLayer::run(Worker& worker, const Step& step, size_t slot, Frame fr
                   Product(v_, in, projected + buffers.values, buffers.width)});
     }
     worker.barrier();
-    if (q_norm_.size() > shape_.head_width || k_norm_.size() > shape_.head_width) {  // norms over all heads
+    if (norms_all_heads_) {  // norms over all heads
         const auto [first, last] = worker.part(step.tokens);
         for (size_t token = first; token < last; ++token) {
             float* row = projected + token * buffers.width;

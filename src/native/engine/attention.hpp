@@ -42,6 +42,7 @@ class AttentionLayer : public Sublayer {
     const Rope* rope_;
     Matrix q_, k_, v_, out_;  // k and v are empty where q holds all three
     std::vector<float> q_bias_, k_bias_, v_bias_, out_bias_, q_norm_, k_norm_;
+    bool norms_all_heads_ = false;  // the norms are of all heads as one row (OLMo 2)
 };
 
 }  // namespace limbeck

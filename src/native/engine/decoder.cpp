@@ -32,7 +32,6 @@ Decoder::Decoder(Weights& weights, const std::string& architecture, const Decode
     info.architecture = architecture;
     info.vocabulary = shape.vocabulary;
     info.width = shape.width;
-    info.layers = shape.layers;
     info.context = weights.file().whole(architecture + ".context_length", 0);
     info.parameters = parameters_of(weights.file());
     last_norm_ = weights.vector("output_norm.weight", shape.width);
@@ -166,9 +165,9 @@ CommonShape common_shape(Weights& weights, const std::string& architecture) {
     shape.decoder.eps = float(file.real(key + "attention.layer_norm_rms_epsilon", 1e-6));
     shape.decoder.logit_cap = float(file.real(key + "final_logit_softcapping", 0));
     shape.decoder.streams = file.whole(key + "mhc.streams", 0);
-    if (shape.decoder.streams > 4) {
+    if (shape.decoder.streams > 4 || (shape.decoder.streams > 0 && base_of(architecture) == architecture)) {
         throw FileError(file.path() + " has " + std::to_string(shape.decoder.streams) +
-                        " residual streams; there are at most 4.");
+                        " residual streams; limbeck-mhc architectures have some, and at most 4.");
     }
     shape.heads = file.whole(key + "attention.head_count");
     shape.kv_heads = file.whole(key + "attention.head_count_kv", shape.heads);

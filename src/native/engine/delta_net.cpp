@@ -29,14 +29,13 @@ float softplus(float x) { return x > 20.0f ? x : std::log1p(std::exp(x)); }
 }  // namespace
 
 struct DeltaNetLayer::Buffers {
-    Buffers(const DeltaNetLayer& layer, Frame& frame, size_t tokens, int threads) {
+    Buffers(const DeltaNetLayer& layer, Frame& frame, size_t tokens) {
         const DeltaNetShape& shape = layer.shape_;
         projected = frame.take<float>(tokens * shape.channels());
         mixed = frame.take<float>(tokens * shape.channels());
         gate = frame.take<float>(tokens * shape.values());
         rates = frame.take<float>(tokens * 2 * shape.value_heads);
         out = Rows(frame, tokens, shape.values(), layer.out_.form());
-        (void)threads;
     }
     float *projected, *mixed, *gate, *rates;
     Rows out;
@@ -53,9 +52,9 @@ DeltaNetLayer::DeltaNetLayer(Weights& weights, const std::string& prefix, const 
     norm_ = weights.vector(prefix + "ssm_norm.weight", shape.value_width);
 }
 
-size_t DeltaNetLayer::memory(size_t tokens, int threads) const {
+size_t DeltaNetLayer::memory(size_t tokens, int) const {
     Frame counting;
-    Buffers(*this, counting, tokens, threads);
+    Buffers(*this, counting, tokens);
     return counting.used();
 }
 
@@ -118,7 +117,7 @@ void DeltaNetLayer::recur(const Step& step, size_t slot, size_t head, const Buff
 }
 
 void DeltaNetLayer::run(Worker& worker, const Step& step, size_t slot, Frame frame, const Rows& in, float* out) const {
-    const Buffers buffers(*this, frame, step.tokens, worker.count());
+    const Buffers buffers(*this, frame, step.tokens);
     multiply(worker, {Product(qkv_, in, buffers.projected, shape_.channels()),
                       Product(gate_, in, buffers.gate, shape_.values()),
                       Product(rates_, in, buffers.rates, 2 * shape_.value_heads)});

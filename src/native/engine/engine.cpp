@@ -10,7 +10,9 @@ Engine::Engine(const std::string& path, const EngineOptions& options)
     : file_(path),
       pool_(options.threads, options.placement),
       options_(options),
-      model_(load_model(file_, pool_, options.model)) {}
+      model_(load_model(file_, pool_, options.model)) {
+    for (const auto& state : model_->new_states()) can_truncate_ = can_truncate_ && (!state || state->can_truncate());
+}
 
 Engine::Sequence& Engine::at(int64_t sequence) {
     const auto found = sequences_.find(sequence);
@@ -41,21 +43,11 @@ int64_t Engine::fork(int64_t sequence) {
     return next_++;
 }
 
-bool Engine::can_truncate() const {
-    for (const auto& state : model_->new_states()) {
-        if (state && !state->can_truncate()) return false;
-    }
-    return true;
-}
-
 bool Engine::truncate(int64_t sequence, size_t length) {
     std::lock_guard<std::mutex> lock(mutex_);
     Sequence& found = at(sequence);
     if (length >= found.length) return true;
-    // Nothing is cut unless everything can be.
-    for (const auto& state : found.states) {
-        if (state && length > 0 && !state->can_truncate()) return false;
-    }
+    if (length > 0 && !can_truncate_) return false;
     for (const auto& state : found.states) {
         if (state) state->truncate(length);
     }
@@ -85,6 +77,10 @@ void Engine::check(const std::vector<Request>& requests) {
         if (request.tokens.empty())
             throw std::invalid_argument("a request for sequence " + std::to_string(request.sequence) +
                                         " has no tokens.");
+        if (sequence.lost) {
+            throw std::invalid_argument("sequence " + std::to_string(request.sequence) +
+                                        " was lost when a step failed.");
+        }
         const size_t length = sequence.length + request.tokens.size();
         if (model_->info.context != 0 && length > model_->info.context) {
             throw std::invalid_argument("the sequence would have " + std::to_string(length) +
@@ -157,7 +153,12 @@ void Engine::step(const std::vector<Part>& parts) {
     for (const Part& part : parts) {
         if (part.logits && logits == nullptr) logits = part.logits;  // rows of one step stand one behind the other
     }
-    pool_.run([&](Worker& worker) { model_->run(worker, step, memory_.data(), rows, logits); });
+    try {
+        pool_.run([&](Worker& worker) { model_->run(worker, step, memory_.data(), rows, logits); });
+    } catch (...) {  // states may be half-written
+        for (const Part& part : parts) part.sequence->lost = true;
+        throw;
+    }
     for (const Part& part : parts) part.sequence->length += part.count;
 }
 

@@ -35,8 +35,8 @@ class Engine {
     int64_t create();
     void drop(int64_t sequence);
     int64_t fork(int64_t sequence);
-    bool can_truncate() const;                       // the model's memory can go back
-    bool truncate(int64_t sequence, size_t length);  // false where it can not
+    bool can_truncate() const { return can_truncate_; }  // the model's memory can go back
+    bool truncate(int64_t sequence, size_t length);      // false where it can not
     size_t length(int64_t sequence) const;
     size_t bytes(int64_t sequence) const;
 
@@ -48,6 +48,7 @@ class Engine {
     struct Sequence {
         States states;
         size_t length = 0;
+        bool lost = false;  // a step with it failed
     };
     struct Part {  // of a request, in one step
         Sequence* sequence;
@@ -66,6 +67,7 @@ class Engine {
     std::unique_ptr<Model> model_;
     std::map<int64_t, Sequence> sequences_;
     int64_t next_ = 0;
+    bool can_truncate_ = true;
     Buffer memory_;
     mutable std::mutex mutex_;
 };

@@ -126,13 +126,14 @@ class SharedProjection {
             added = frame.take<float>(pairs * widest);
             turned = Rows(frame, pairs, projection.columns(), projection.core_.form());
             made = Rows(frame, pairs, projection.rows(), form_of(*out));
-            const size_t rank = std::max({in->v.rows(), out->v.rows(), delta->v.rows()});
-            narrow = Rows(frame, pairs, std::max<size_t>(rank, 1),
-                          (in->u.empty() ? 0 : in->u.form()) | (out->u.empty() ? 0 : out->u.form()) |
-                              (delta->u.empty() ? 0 : delta->u.form()));
+            for (const Factors* factors : {in, out, delta}) {
+                narrow.push_back(factors->u.empty() ? Rows()
+                                                    : Rows(frame, pairs, factors->v.rows(), factors->u.form()));
+            }
         }
         float* added;
-        Rows turned, made, narrow;
+        Rows turned, made;
+        std::vector<Rows> narrow;  // between the factors of in, out and delta
     };
     static unsigned form_of(const Factors& factors) { return factors.v.empty() ? 0u : factors.v.form(); }
 
@@ -140,7 +141,7 @@ class SharedProjection {
     void factor(Worker& worker, const Pairs& pairs, const Factors& factors, const Rows& x, const Buffers& buffers,
                 float* to) const {
         const size_t out = factors.u.rows();
-        Rows narrow = buffers.narrow;
+        const Rows& narrow = buffers.narrow[&factors == &in_ ? 0 : &factors == &out_ ? 1 : 2];
         pairs.multiply(worker, false, [&](std::vector<Product>& products, size_t e, Tokens tokens) {
             products.emplace_back(factors.v, e, x, tokens, narrow.floats, narrow.columns);
         });

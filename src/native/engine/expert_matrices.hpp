@@ -25,7 +25,7 @@ struct Pairs {
             const size_t begin = size_t(starts[e]), size = size_t(starts[e + 1]) - begin;
             if (size > 0) add(products, e, Tokens{size, (by_token ? tokens_of : pairs_of) + begin, pairs_of + begin});
         }
-        limbeck::multiply(worker, products.data(), products.size());
+        multiply_together(worker, products.data(), products.size());
     }
 };
 

@@ -96,6 +96,13 @@ uint64_t times(uint64_t a, uint64_t b, const std::string& what) {
 
 }  // namespace
 
+std::string printable(std::string text) {
+    for (char& character : text) {
+        if (character < ' ' || character > '~') character = '?';
+    }
+    return text;
+}
+
 MappedFile::MappedFile(const std::string& path) {
     const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
     if (file < 0) throw FileError(path + " can not be read: " + std::strerror(errno) + ".");

@@ -14,8 +14,11 @@
 
 namespace limbeck {
 
+// The text with whatever is no printable ASCII as '?': it may quote a damaged file.
+std::string printable(std::string text);
+
 struct FileError : std::runtime_error {
-    using std::runtime_error::runtime_error;
+    explicit FileError(const std::string& text) : std::runtime_error(printable(text)) {}
 };
 
 // A file as read-only memory.

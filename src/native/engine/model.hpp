@@ -17,7 +17,7 @@ struct ModelOptions {
 // What is known of a model without its weights.
 struct ModelInfo {
     std::string architecture;
-    size_t vocabulary = 0, width = 0, layers = 0, context = 0;
+    size_t vocabulary = 0, width = 0, context = 0;
     uint64_t parameters = 0;
 };
 

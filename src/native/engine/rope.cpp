@@ -68,9 +68,14 @@ Rope rope_of(Weights& weights, const std::string& architecture, size_t head_widt
         const std::vector<float> divisors = weights.vector("rope_freqs.weight", dimensions / 2);
         for (size_t i = 0; i < divisors.size(); ++i) rope.frequencies[i] /= divisors[i];
     }
-    const std::string kind = file.has(key + "scaling.type") ? file.text(key + "scaling.type") : "none";
+    // Without a type a factor is linear, as in older files, which call it scale_linear.
+    const std::string old = key + "scale_linear", now = key + "scaling.factor";
+    const bool scaled = file.has(now) || file.has(old);
+    const std::string kind = file.has(key + "scaling.type") ? file.text(key + "scaling.type")
+                             : scaled                       ? "linear"
+                                                            : "none";
     if (kind == "none") return rope;
-    const double factor = file.real(key + "scaling.factor");
+    const double factor = file.has(now) || !file.has(old) ? file.real(now) : file.real(old);
     if (!(factor >= 1))
         throw FileError(file.path() + " has " + key + "scaling.factor " + std::to_string(factor) +
                         "; it is at least 1.");

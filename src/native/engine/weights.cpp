@@ -47,9 +47,8 @@ const TensorInfo& Weights::shaped(const std::string& name, const std::vector<siz
 Matrix Weights::matrices(const std::string& name, size_t count, size_t rows, size_t columns) {
     const TensorInfo& found = count == 1 ? shaped(name, {columns, rows}) : shaped(name, {columns, rows, count});
     FloatKind kind;
-    bytes_ += found.bytes;
     if (float_kind(found.type, kind)) return Matrix(kind, found.data, count, rows, columns);
-    Matrix made(tiles_from(*block_type(int(found.type)), found.data, count, rows, columns, arena_, pool_));
+    Matrix made(tiles_from(*block_type(int(found.type)), found.data, count, rows, columns, arena_, pool_), whole_rows_);
     file_.mapped().release(found.data, found.bytes);
     return made;
 }

@@ -14,7 +14,8 @@ namespace limbeck {
 // Loads what an architecture asks for; whatever the file has and nobody asked for is an error at the end.
 class Weights {
  public:
-    Weights(const GgufFile& file, Pool& pool) : file_(file), pool_(pool) {}
+    Weights(const GgufFile& file, Pool& pool)
+        : file_(file), pool_(pool), whole_rows_(file.truth("limbeck.activations_per_token", false)) {}
 
     const GgufFile& file() const { return file_; }
     bool has(const std::string& name) const { return file_.find(name) != nullptr; }
@@ -30,11 +31,7 @@ class Weights {
     // Rows of an embedding that are read one by one: nothing of it is unpacked.
     class Table;
 
-    // A tensor that is in the file and means nothing here.
-    void ignore(const std::string& name) { used_.insert(name); }
     void check_all_used() const;
-
-    size_t loaded_bytes() const { return bytes_; }
 
  private:
     const TensorInfo& shaped(const std::string& name, const std::vector<size_t>& shape);
@@ -42,8 +39,8 @@ class Weights {
     const GgufFile& file_;
     Pool& pool_;
     Arena arena_;
+    bool whole_rows_;  // the file's model was trained with activations that have one scale a token
     std::set<std::string> used_;
-    size_t bytes_ = 0;
     friend class Table;
 };
 

@@ -31,7 +31,11 @@ std::unique_ptr<Model> build(Weights& weights, const std::string& architecture, 
     AttentionShape attention{shape.decoder.width, shape.heads, shape.kv_heads, shape.head_width, shape.decoder.eps};
     attention.cache = options.cache;
     attention.scale = float(file.real(key + "attention.scale", 0));
-    attention.window = file.whole(key + "attention.sliding_window", 0);
+    // llama.cpp lets these architectures attend to everything, whatever window a file names; only OLMo 3, which is
+    // stored as olmo2 with a window in three layers of four, is another model.
+    if (base_of(architecture) == "olmo2" && file.whole(key + "attention.sliding_window", 0) > 0) {
+        throw FileError(file.path() + " is an OLMo 3 (olmo2 with a sliding window), which is not known here.");
+    }
     for (size_t layer = 0; layer < shape.decoder.layers; ++layer) {
         const std::string prefix = block_prefix(layer);
         const bool turned = style.unturned_every == 0 || (layer + 1) % style.unturned_every != 0;

@@ -24,6 +24,9 @@ DeltaNetShape delta_shape(const GgufFile& file, const std::string& key, const Co
                         " values; these do not go together.");
     }
     found.value_width = values / found.value_heads;
+    if (found.value_heads * found.key_width * found.value_width > file.mapped().size()) {
+        throw FileError(file.path() + " has delta nets whose states are out of proportion to its weights.");
+    }
     return found;
 }
 

@@ -49,7 +49,6 @@ class RetNetHrm : public Model {
         info.architecture = architecture;
         info.vocabulary = shape.vocabulary;
         info.width = shape.width;
-        info.layers = shape.layers;
         info.context = weights.file().whole(architecture + ".context_length", 0);
         info.parameters = parameters_of(weights.file());
         const size_t half = shape.retention.key_width / 2;
@@ -243,6 +242,12 @@ std::unique_ptr<Model> build_retnet_hrm(Weights& weights, const std::string& arc
     }
     const size_t keys = shape.width / heads;
     shape.retention = {shape.width, heads, keys, keys * expansion, shape.eps};
+    const size_t states = shape.applications() * shape.layers;
+    const size_t bytes = states * shape.retention.heads * keys * shape.retention.value_width * sizeof(float);
+    if (states > 4096 || bytes > 2 * file.mapped().size() + (size_t(64) << 20)) {
+        throw FileError(file.path() + " has " + std::to_string(states) + " retention states of " +
+                        std::to_string(bytes) + " bytes in all, out of proportion to its weights.");
+    }
     return std::make_unique<RetNetHrm>(weights, architecture, shape);
 }
 
