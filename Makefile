@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 
 NATIVE := $(shell find src/native -name '*.[chi]*') CMakeLists.txt
 
-.PHONY: quickstart kernels test test-all verify lint mutants bench wheel sanitize clean
+.PHONY: quickstart kernels test test-all verify lint mutants bench wheel sanitize check-arm clean
 
 quickstart: $(VENV)/.core kernels
 	$(BIN)/limbeck run recipes/quickstart.yaml
@@ -34,6 +34,21 @@ verify: $(VENV)/.verify
 # The extension under the compiler's sanitizers: products, the engine's tests and 2,000 mutated files; then threads.
 sanitize: $(VENV)/.dev $(VENV)/.kernels
 	$(BIN)/python tools/sanitize.py
+
+# NEON's products under an emulator: needs Debian's qemu-user and g++-aarch64-linux-gnu.
+check-arm:
+	mkdir -p build/arm
+	for file in cpu pool linear blocks tiles kernels kernels_scalar; do \
+		aarch64-linux-gnu-g++ -std=c++17 -O2 -Wall -Wextra -Werror -DLIMBECK_NEON -Isrc/native \
+			-c src/native/$$file.cpp -o build/arm/$$file.o || exit 1; \
+	done
+	aarch64-linux-gnu-g++ -std=c++17 -O2 -Wall -Wextra -Werror -DLIMBECK_NEON -Isrc/native -march=armv8.2-a+dotprod \
+		-c src/native/kernels_neon.cpp -o build/arm/kernels_neon.o
+	aarch64-linux-gnu-g++ -std=c++17 -O2 -Wall -Wextra -Werror -DLIMBECK_NEON -Isrc/native -static -pthread \
+		tests/native_products.cpp build/arm/*.o -o build/arm/products
+	qemu-aarch64 -cpu max build/arm/products
+	LIMBECK_KERNELS=scalar qemu-aarch64 -cpu max build/arm/products
+	qemu-aarch64 -cpu cortex-a72 build/arm/products  # which has no dot products
 
 # A wheel that needs no compiler where it is installed, tried in an environment of its own; and the source archive.
 wheel: $(VENV)/.venv
@@ -65,7 +80,7 @@ $(VENV)/.venv:
 	touch $@
 
 $(VENV)/.core: $(VENV)/.venv pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[serve]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.venv pyproject.toml constraints.txt

@@ -129,7 +129,7 @@ def test_a_level_that_is_unknown_is_refused():
     env = {**os.environ, "LIMBECK_KERNELS": "sse9"}
     found = subprocess.run(words, env=env, capture_output=True, text=True, timeout=60)
     assert found.returncode != 0
-    assert "there are scalar, avx2 and avx512" in found.stderr
+    assert "there are scalar, neon, avx2 and avx512" in found.stderr
 
 
 @settings(max_examples=60, deadline=None)

@@ -327,3 +327,83 @@ def test_a_recurrent_model_is_served(tmp_path):
     assert reply.status_code == 400
     assert "no chat template" in reply.json()["error"]["message"]
     assert running.stop() == 0
+
+
+def test_schemathesis_finds_no_server_error(files):
+    """Whatever the published schema allows: no answer is the server's own failure, none hangs."""
+    from hypothesis import HealthCheck, given, settings
+    from schemathesis import checks, openapi
+
+    running = Running(files, "--server.max_waiting", "200", "--ctx-size", "48")
+    schema = openapi.from_url(f"{running.url}/openapi.json")
+    seen = {"requests": 0, "answered": 0}
+    for operation in schema.get_all_operations():
+
+        @settings(
+            max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None
+        )
+        @given(case=operation.ok().as_strategy())
+        def one(case):
+            reply = case.call(timeout=30)
+            seen["requests"] += 1
+            seen["answered"] += reply.status_code == 200
+            case.validate_response(reply, checks=[checks.not_a_server_error])
+
+        one()
+    assert seen["requests"] > 80
+    assert seen["answered"] > 5
+    assert running.client.get("/health").json()["active"] == 0
+    assert running.stop() == 0
+
+
+@pytest.mark.slow
+def test_sixty_four_clients_for_a_minute(files):
+    """Answers and refusals alone, memory that stays, no place that is left taken; some callers leave early."""
+    import random
+
+    import psutil
+
+    running = Running(files, "--max-concurrent", "8", "--server.max_waiting", "16")
+    process, statuses, wrong = psutil.Process(running.process.pid), {}, []
+    deadline = time.monotonic() + 60
+
+    def client(number):
+        chance = random.Random(number)
+        with httpx.Client(base_url=running.url, timeout=60) as http:
+            while time.monotonic() < deadline:
+                body = {"prompt": "x = " * chance.randint(1, 40), "max_tokens": chance.randint(1, 40), "seed": number}
+                try:
+                    if chance.random() < 0.3:
+                        with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as reply:
+                            lines = [
+                                line for line, _ in zip(reply.iter_lines(), range(chance.randint(1, 6)), strict=False)
+                            ]
+                            status = reply.status_code
+                            if status == 200 and not lines[0].startswith("data: "):
+                                wrong.append(lines[0])
+                    else:
+                        reply = http.post("/v1/completions", json=body)
+                        status = reply.status_code
+                        reply.json()
+                    statuses[status] = statuses.get(status, 0) + 1
+                    if status == 429:
+                        time.sleep(0.2)
+                except Exception as error:
+                    wrong.append(repr(error))
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(64)]
+    for thread in threads:
+        thread.start()
+    time.sleep(20)
+    warm = process.memory_info().rss
+    for thread in threads:
+        thread.join()
+    end = process.memory_info().rss
+    print(statuses, f"{warm / 1e6:.0f} MB after 20 s, {end / 1e6:.0f} MB after 60 s")
+    assert not wrong, wrong[:5]
+    assert set(statuses) <= {200, 429}
+    assert statuses[200] > 100
+    assert end < 1.02 * warm + 4e6
+    time.sleep(1.0)
+    assert running.client.get("/health").json() == {"status": "ok", "active": 0, "waiting": 0}
+    assert running.stop() == 0

@@ -63,10 +63,14 @@ def _next_commands(recipe: Recipe) -> list[str]:
     prompt = shlex.quote((recipe.generation.prompt.splitlines() or [""])[0])
     root = shlex.quote(str(recipe.root))
     other = shlex.quote(str(recipe.root.parent / f"{recipe.root.name}-mine"))
-    kind = "gguf" if "gguf" not in recipe.pipeline.export and has_gguf(recipe.student_dir / "final") else "hf"
+    can_be_served = has_gguf(recipe.student_dir / "final")
+    if "gguf" in recipe.pipeline.export and can_be_served:
+        then = f"{program} serve {root}"
+    else:
+        then = f"{program} export {root} --format {'gguf' if can_be_served else 'hf'}"
     return [
         f"{program} generate {root} --prompt {prompt}",
-        f"{program} export {root} --format {kind}",
+        then,
         f"{program} run {root} --dataset YOUR.txt --output-dir {other}",
     ]
 
@@ -206,7 +210,7 @@ def bench(recipe: Recipe, options: Options) -> Result:
     return Result(found, text(found))
 
 
-def serve(recipe: Recipe, options: Options) -> Result:
+def serve_file(recipe: Recipe, options: Options) -> Result:
     """Serve a GGUF file until stopped."""
     from limbeck.serving.server.run import serve_model
 

@@ -5,7 +5,7 @@
 
 namespace limbeck {
 
-enum class Level { scalar, avx2, avx512 };
+enum class Level { scalar, neon, avx2, avx512 };
 
 // The best level that was compiled in and that this processor runs.
 Level detected_level();

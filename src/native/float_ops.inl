@@ -13,6 +13,8 @@
 
 #if defined(LIMBECK_X86) && !defined(LIMBECK_SCALAR)
 #include <immintrin.h>
+#elif defined(LIMBECK_NEON)
+#include <arm_neon.h>
 #endif
 
 namespace limbeck {

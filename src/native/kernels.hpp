@@ -95,6 +95,9 @@ const Kernels& kernels_of(Level level);
 const Kernels& kernels();  // of the level in use
 
 extern const Kernels kScalarKernels;
+#if defined(LIMBECK_NEON)
+extern const Kernels kNeonKernels;
+#endif
 #if defined(LIMBECK_X86)
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;

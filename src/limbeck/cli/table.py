@@ -101,7 +101,7 @@ SUBCOMMANDS: dict[str, Subcommand] = {
         first=("generation.seed", "training.device", "engine.draft_tokens"),
     ),
     "serve": Subcommand(
-        "serve",
+        "serve_file",
         "Serve a GGUF file over HTTP, as OpenAI's API.",
         (),
         {

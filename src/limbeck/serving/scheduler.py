@@ -75,6 +75,7 @@ class Job:
     tokens: list[int] = field(default_factory=list)  # what the line has read
     pending: list[int] = field(default_factory=list)  # what it is to read next
     made: list[int] = field(default_factory=list)
+    began: float = 0.0
     rng: np.random.Generator = field(default_factory=np.random.default_rng)
 
 
@@ -185,7 +186,7 @@ class Scheduler:
             job.told(Written(None, reason="cancelled"))
         while self._waiting and len(self._active) < self._most_active:
             job = self._waiting.popleft()
-            job.rng = np.random.default_rng(job.sampling.seed)
+            job.rng, job.began = np.random.default_rng(job.sampling.seed), time.monotonic()
             known, job.line = (0, self._model.line()) if job.echo else self._begin(job.prompt)
             job.tokens, job.pending = list(job.prompt[:known]), list(job.prompt[known:])
             self._active.append(job)
@@ -277,6 +278,7 @@ class Scheduler:
                 while len(self._kept) > _KEPT_LINES:
                     self._kept.popleft()
         job.line = None
+        self._seconds_a_text += 0.2 * (time.monotonic() - job.began - self._seconds_a_text)
         job.told(Written(last.token, last.logprob, last.top, reason))
 
 

@@ -129,7 +129,7 @@ async def streamed(form: Form, run: Run, include_usage: bool) -> AsyncIterator[b
     async for number, piece in run.pieces():
         if piece.reason is not None:
             form.made += len(run.jobs[number].made)
-        choice = _part(form, number, piece, lengths)
+        choice = _choice_of(form, number, piece, lengths)
         if choice is not None:
             yield _event(form.envelope([choice], streamed=True))
         if piece.reason is not None:
@@ -141,7 +141,7 @@ async def streamed(form: Form, run: Run, include_usage: bool) -> AsyncIterator[b
     yield _DONE
 
 
-def _part(form: Form, number: int, piece: Piece, lengths: list[int]) -> dict[str, Any] | None:
+def _choice_of(form: Form, number: int, piece: Piece, lengths: list[int]) -> dict[str, Any] | None:
     """One token's choice; None where it adds nothing yet."""
     logprobs = None
     if form.logprobs and piece.written is not None and (piece.written.logprob is not None or not form.chat):

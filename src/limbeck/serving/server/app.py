@@ -19,7 +19,7 @@ from limbeck.serving.model import GgufModel
 from limbeck.serving.scheduler import QueueFullError, Scheduler
 from limbeck.serving.server import schema
 from limbeck.serving.server.answers import Form, streamed, whole
-from limbeck.serving.server.jobs import RefusedRequest, Run, Wanted, room_for, sampling_of
+from limbeck.serving.server.jobs import Run, UnservableRequest, Wanted, new_tokens_for, sampling_of
 from limbeck.serving.server.metrics import CONTENT_TYPE, ChatMetrics
 from limbeck.serving.server.origin import OriginCheck
 from limbeck.serving.server.template import ChatTemplate
@@ -100,8 +100,8 @@ def create_chat_app(served: ServedModel, api_key: str | None) -> Any:
         title="limbeck", version="1", description="A language model on limbeck's CPU engine, with OpenAI's API.",
         redoc_url=None, strict_content_type=False, lifespan=lifespan, responses=_RESPONSES,
     )  # fmt: skip
-    _add_errors(app)
-    _add_information(app, served)
+    _handle_errors(app)
+    _add_facts(app, served)
     _add_completions(app, served)
     _add_chat(app, served)
     config = served.config
@@ -119,15 +119,15 @@ def _error(
     return JSONResponse({"error": detail.model_dump()}, status, headers)
 
 
-def _add_errors(app: FastAPI) -> None:
+def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body")
         return _error(400, f"{where}: {first['msg']}"[:300], "invalid_request_error", param=where[:100] or None)
 
-    @app.exception_handler(RefusedRequest)
-    async def refused(request: Request, error: RefusedRequest) -> JSONResponse:
+    @app.exception_handler(UnservableRequest)
+    async def refused(request: Request, error: UnservableRequest) -> JSONResponse:
         return _error(400, str(error), "invalid_request_error", param=error.param, code=error.code)
 
     @app.exception_handler(LimbeckError)
@@ -143,7 +143,7 @@ def _add_errors(app: FastAPI) -> None:
         return _error(error.status_code, str(error.detail), "invalid_request_error", dict(error.headers or {}))
 
 
-def _add_information(app: FastAPI, served: ServedModel) -> None:
+def _add_facts(app: FastAPI, served: ServedModel) -> None:
     tokenizer = served.model.tokenizer
 
     @app.get("/health")
@@ -178,7 +178,7 @@ def _add_information(app: FastAPI, served: ServedModel) -> None:
     async def detokenize(body: schema.DetokenizeBody) -> dict[str, Any]:
         """The text of ids."""
         if body.tokens and max(body.tokens) >= tokenizer.size:
-            raise RefusedRequest(f"tokens has {max(body.tokens)}, and ids are 0 to {tokenizer.size - 1}", "tokens")
+            raise UnservableRequest(f"tokens has {max(body.tokens)}, and ids are 0 to {tokenizer.size - 1}", "tokens")
         return {"text": tokenizer.decode(body.tokens)}
 
 
@@ -187,7 +187,7 @@ def _stops(body: schema.SamplingBody) -> list[str]:
     return [stop for stop in given if stop]
 
 
-async def _answer(
+async def _write_answer(
     served: ServedModel, body: schema.SamplingBody, wanted: Sequence[Wanted], form: Form, echoes: Sequence[int]
 ) -> Any:
     """Write the texts; the whole answer, or events as they come."""
@@ -209,34 +209,36 @@ def _add_completions(app: FastAPI, served: ServedModel) -> None:
     @app.post("/v1/completions")
     async def completions(body: schema.CompletionBody, request: Request) -> Any:
         """Texts that go on from prompts."""
-        prompts = await asyncio.to_thread(_prompts, tokenizer, body.prompt)
+        prompts = await asyncio.to_thread(_prompt_ids, tokenizer, body.prompt)
         if len(prompts) * body.n > served.config.max_texts:
-            raise RefusedRequest(
+            raise UnservableRequest(
                 f"{len(prompts)} prompts with n {body.n} are {len(prompts) * body.n} texts; one request may have "
                 f"{served.config.max_texts}", "n",
             )  # fmt: skip
         wanted: list[Wanted] = []
         for ids in prompts:
-            most = room_for(ids, body.max_tokens, served.context, _UNLIMITED)
+            most = new_tokens_for(ids, body.max_tokens, served.context, _UNLIMITED)
             for _ in range(body.n):
                 sampling = sampling_of(body, len(wanted), tokenizer.size)
                 echo = body.echo
                 wanted.append(Wanted(ids, most, sampling, body.logprobs, echo))
         form = Form(served.name, tokenizer, False, body.logprobs is not None, sum(map(len, prompts)))
-        return await _until_left(request, _answer(served, body, wanted, form, [len(one.prompt) for one in wanted]))
+        return await _until_left(
+            request, _write_answer(served, body, wanted, form, [len(one.prompt) for one in wanted])
+        )
 
 
-def _prompts(tokenizer: Any, given: str | list[str] | list[int] | list[list[int]]) -> list[list[int]]:
+def _prompt_ids(tokenizer: Any, given: str | list[str] | list[int] | list[list[int]]) -> list[list[int]]:
     """Ids of every prompt."""
     if isinstance(given, str):
         return [tokenizer.encode(given)]
     if not given:
-        raise RefusedRequest("prompt is an empty list", "prompt")
+        raise UnservableRequest("prompt is an empty list", "prompt")
     every = [given] if isinstance(given[0], int) else given
     ids = [tokenizer.encode(one) if isinstance(one, str) else list(one) for one in every]
     wrong = next((number for one in ids for number in one if not 0 <= number < tokenizer.size), None)
     if wrong is not None:
-        raise RefusedRequest(f"prompt has the id {wrong}, and ids are 0 to {tokenizer.size - 1}", "prompt")
+        raise UnservableRequest(f"prompt has the id {wrong}, and ids are 0 to {tokenizer.size - 1}", "prompt")
     return ids
 
 
@@ -247,29 +249,29 @@ def _add_chat(app: FastAPI, served: ServedModel) -> None:
     async def chat(body: schema.ChatBody, request: Request) -> Any:
         """The next turn of a conversation."""
         if served.template is None:
-            raise RefusedRequest(
+            raise UnservableRequest(
                 f"{served.name} has no chat template in its file, so it knows no turns; ask /v1/completions.",
                 "messages",
             )
         if body.response_format and body.response_format.get("type") != "text":
-            raise RefusedRequest("response_format is not text; this server writes text alone", "response_format")
-        messages = [_plain(message) for message in body.messages]
+            raise UnservableRequest("response_format is not text; this server writes text alone", "response_format")
+        messages = [_turn_of(message) for message in body.messages]
         text = await asyncio.to_thread(served.template.render, messages, body.tools)
         ids = await asyncio.to_thread(tokenizer.encode, text, False)
-        most = room_for(ids, body.max_completion_tokens or body.max_tokens, served.context, _UNLIMITED)
+        most = new_tokens_for(ids, body.max_completion_tokens or body.max_tokens, served.context, _UNLIMITED)
         top = (body.top_logprobs or 0) if body.logprobs else None
         wanted = [Wanted(ids, most, sampling_of(body, number, tokenizer.size), top) for number in range(body.n)]
         form = Form(served.name, tokenizer, True, body.logprobs, len(ids))
-        return await _until_left(request, _answer(served, body, wanted, form, [0] * body.n))
+        return await _until_left(request, _write_answer(served, body, wanted, form, [0] * body.n))
 
 
-def _plain(message: schema.ChatMessage) -> dict[str, Any]:
+def _turn_of(message: schema.ChatMessage) -> dict[str, Any]:
     """A turn for the template: parts of text are joined."""
     found = message.model_dump()
     if isinstance(message.content, list):
         other = next((part.get("type") for part in message.content if part.get("type") != "text"), None)
         if other is not None:
-            raise RefusedRequest(f"a message has a part of type {other!r}; this model reads text", "messages")
+            raise UnservableRequest(f"a message has a part of type {other!r}; this model reads text", "messages")
         found["content"] = "".join(str(part.get("text", "")) for part in message.content)
     return found
 

@@ -13,7 +13,7 @@ from limbeck.serving.server.schema import SamplingBody
 from limbeck.serving.server.texts import Piece, TextAssembler
 
 
-class RefusedRequest(Exception):  # noqa: N818 (an answer, not a failure)
+class UnservableRequest(Exception):  # noqa: N818 (an answer, not a failure)
     """A request that cannot be served, with the reason for the caller."""
 
     def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
@@ -100,12 +100,14 @@ def sampling_of(body: SamplingBody, number: int, vocabulary: int) -> Sampling:
     """How text `number` of a request is sampled.
 
     Raises:
-        RefusedRequest: `logit_bias` names no token.
+        UnservableRequest: `logit_bias` names no token.
     """
     bias = {}
     for key, value in (body.logit_bias or {}).items():
         if not key.isdecimal() or int(key) >= vocabulary:
-            raise RefusedRequest(f"logit_bias names {key[:20]!r}, and tokens are 0 to {vocabulary - 1}", "logit_bias")
+            raise UnservableRequest(
+                f"logit_bias names {key[:20]!r}, and tokens are 0 to {vocabulary - 1}", "logit_bias"
+            )
         bias[int(key)] = value
     seed = secrets.randbits(63) if body.seed is None else body.seed + number
     return Sampling(
@@ -121,18 +123,18 @@ def sampling_of(body: SamplingBody, number: int, vocabulary: int) -> Sampling:
     )
 
 
-def room_for(prompt: Sequence[int], asked: int | None, context: int, unlimited: int) -> int:
+def new_tokens_for(prompt: Sequence[int], asked: int | None, context: int, unlimited: int) -> int:
     """New tokens that a text may have.
 
     Raises:
-        RefusedRequest: prompt and answer do not fit into the context.
+        UnservableRequest: prompt and answer do not fit into the context.
     """
     if not prompt:
-        raise RefusedRequest("the prompt has no tokens", "prompt")
+        raise UnservableRequest("the prompt has no tokens", "prompt")
     context = context or len(prompt) + (unlimited if asked is None else asked)
     if len(prompt) + (asked or 1) > context:
         asks = f" and {asked} new ones are asked for" if asked else ""
-        raise RefusedRequest(
+        raise UnservableRequest(
             f"the prompt has {len(prompt)} tokens{asks}; the context is {context}. Shorten it, or ask for less.",
             code="context_length_exceeded",
         )

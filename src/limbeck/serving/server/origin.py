@@ -39,10 +39,10 @@ class OriginCheck:
             host = _name(f"//{headers.get(b'host', b'').decode('latin-1')}")
             origin = headers.get(b"origin", b"").decode("latin-1")
             if not self._any_host and host not in self._names:
-                await _refuse(send, f"this server is not {host[:100]!r}; name it with server.allowed_hosts")
+                await _forbid(send, f"this server is not {host[:100]!r}; name it with server.allowed_hosts")
                 return
             if origin and _name(origin) not in {*self._names, host}:
-                await _refuse(send, f"pages of {origin[:100]!r} may not use this server (server.allowed_hosts)")
+                await _forbid(send, f"pages of {origin[:100]!r} may not use this server (server.allowed_hosts)")
                 return
         await self._app(scope, receive, send)
 
@@ -55,7 +55,7 @@ def _name(url: str) -> str:
         return ""
 
 
-async def _refuse(send: Send, message: str) -> None:
+async def _forbid(send: Send, message: str) -> None:
     body = json.dumps({"error": {"message": message, "type": "forbidden"}}).encode()
     headers: Any = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": 403, "headers": headers})
