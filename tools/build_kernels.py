@@ -29,7 +29,7 @@ def build(into: Path, sanitize: str) -> None:
     subprocess.run([*configure, *settings], check=True)  # noqa: S603
     subprocess.run(["cmake", "--build", folder, "--parallel"], check=True)  # noqa: S603, S607
     into.mkdir(parents=True, exist_ok=True)
-    for old in into.glob("_native*"):
+    for old in into.glob("_native*.so"):
         old.unlink()
     for made in folder.glob("_native*.so"):
         shutil.copy2(made, into / made.name)
