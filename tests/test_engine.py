@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import save_model
+from conftest import save_model, tiny_model
 from limbeck.config import TernaryConfig
 from limbeck.export.gguf import GGUFExport
 from limbeck.kernels import native
@@ -287,3 +287,35 @@ def test_our_own_ternary_students_run(tmp_path, case):
     _, found = prefill(_native.Engine(str(tmp_path / "m.gguf"), 2, cache="f32"))
     assert away(found, wanted)[:8].min() < 1e-5
     assert np.median(away(found, wanted)) < 5e-2  # a state carries an activation's other code on
+
+
+def ordinary_cases():
+    """Every architecture with widths that ternary groups of 256 divide."""
+    wide = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 64}
+    experts = {**wide, "moe_intermediate_size": 256, "num_key_value_heads": 2}
+    narrow = {key: value for key, value in wide.items() if key != "head_dim"}
+    latent = [{"method": "latent", "rank": 256}] * 2
+    return {
+        **TERNARY_CASES,
+        "mhc_llama": {**OWN_CASES["mhc_llama"], **wide},
+        "mixed": {**OWN_CASES["mixed"], **experts},
+        "latent": {**OWN_CASES["latent"], **experts, "expert_layers": latent},
+        "retnet": {**OWN_CASES["retnet"], **narrow},
+        "retnet-hrm": {**OWN_CASES["retnet-hrm"], **narrow, "segments": 1},
+    }
+
+
+@pytest.mark.parametrize("case", ordinary_cases())
+def test_ordinary_weights_with_int8_activations(tmp_path, case):
+    """As a model begins its training: logits within a hundredth and first choices, with the cache that is served."""
+    ids = torch.randint(5, 4000, (200,), generator=torch.Generator().manual_seed(1))
+    model = tiny_model(seed=3, **ordinary_cases()[case])
+    make_ternary(model, TernaryConfig(group_size=256, activation_bits=8))
+    folder = save_model(model, tmp_path / "final")
+    GGUFExport(folder, "tq2_0", "f16").write(tmp_path / "m.gguf")
+    with torch.no_grad():
+        loaded = load_causal_lm(str(folder), dtype="float32").eval()
+        wanted = loaded(input_ids=ids[None], use_cache=False).logits[0].float().numpy()
+    _, found = prefill(_native.Engine(str(tmp_path / "m.gguf"), 1), ids)
+    assert np.mean(away(found, wanted)) < 1e-2
+    assert np.mean(found.argmax(axis=1) == wanted.argmax(axis=1)) >= 0.99

@@ -86,13 +86,12 @@ class Form:
         }
 
 
-async def whole(form: Form, run: Run, echoes: Sequence[int]) -> dict[str, Any]:
+async def whole(form: Form, run: Run) -> dict[str, Any]:
     """The answer once every text has ended.
 
     Args:
         form: of the endpoint.
         run: the texts.
-        echoes: how many tokens of each text are its prompt's.
     """
     texts = ["" for _ in run.jobs]
     tokens: list[list[Written]] = [[] for _ in run.jobs]

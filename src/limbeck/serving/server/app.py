@@ -62,10 +62,8 @@ class ServedModel:
     def scheduler(self) -> Scheduler:
         """Who writes the texts."""
         config = self.config
-        return Scheduler(self.model, config.max_concurrent, config.max_waiting, self.batch_tokens, self._observe)
-
-    def _observe(self, texts: int, tokens: int, seconds: float) -> None:
-        self.metrics.step(texts, tokens, seconds)
+        told = self.metrics.step
+        return Scheduler(self.model, config.max_concurrent, config.max_waiting, self.batch_tokens, told)
 
     @cached_property
     def template(self) -> ChatTemplate | None:
@@ -187,9 +185,7 @@ def _stops(body: schema.SamplingBody) -> list[str]:
     return [stop for stop in given if stop]
 
 
-async def _write_answer(
-    served: ServedModel, body: schema.SamplingBody, wanted: Sequence[Wanted], form: Form, echoes: Sequence[int]
-) -> Any:
+async def _write_answer(served: ServedModel, body: schema.SamplingBody, wanted: Sequence[Wanted], form: Form) -> Any:
     """Write the texts; the whole answer, or events as they come."""
     started = time.perf_counter()
     run = Run(served.model, served.scheduler, wanted, _stops(body))
@@ -200,7 +196,7 @@ async def _write_answer(
         include = body.stream_options is not None and body.stream_options.include_usage
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         return StreamingResponse(streamed(form, run, include), media_type="text/event-stream", headers=headers)
-    return await whole(form, run, echoes)
+    return await whole(form, run)
 
 
 def _add_completions(app: FastAPI, served: ServedModel) -> None:
@@ -223,9 +219,7 @@ def _add_completions(app: FastAPI, served: ServedModel) -> None:
                 echo = body.echo
                 wanted.append(Wanted(ids, most, sampling, body.logprobs, echo))
         form = Form(served.name, tokenizer, False, body.logprobs is not None, sum(map(len, prompts)))
-        return await _until_left(
-            request, _write_answer(served, body, wanted, form, [len(one.prompt) for one in wanted])
-        )
+        return await _until_left(request, _write_answer(served, body, wanted, form))
 
 
 def _prompt_ids(tokenizer: Any, given: str | list[str] | list[int] | list[list[int]]) -> list[list[int]]:
@@ -262,7 +256,7 @@ def _add_chat(app: FastAPI, served: ServedModel) -> None:
         top = (body.top_logprobs or 0) if body.logprobs else None
         wanted = [Wanted(ids, most, sampling_of(body, number, tokenizer.size), top) for number in range(body.n)]
         form = Form(served.name, tokenizer, True, body.logprobs, len(ids))
-        return await _until_left(request, _write_answer(served, body, wanted, form, [0] * body.n))
+        return await _until_left(request, _write_answer(served, body, wanted, form))
 
 
 def _turn_of(message: schema.ChatMessage) -> dict[str, Any]:

@@ -40,6 +40,7 @@ class ChatMetrics:
             "limbeck_step_seconds", "Seconds of a step: of a token", buckets=_SHORT, registry=registry
         )
         self._texts = Counter("limbeck_step_texts", "Texts in all steps", registry=registry)
+        self._tokens = Counter("limbeck_step_tokens", "Tokens in all steps, of prompts too", registry=registry)
         for name, text, value in (
             ("limbeck_waiting_texts", "Texts in the queue", waiting),
             ("limbeck_active_texts", "Texts in work", active),
@@ -57,6 +58,7 @@ class ChatMetrics:
         """Count a step of the engine."""
         self._step.observe(seconds)
         self._texts.inc(texts)
+        self._tokens.inc(tokens)
 
     def text(self) -> bytes:
         """All of it in Prometheus' text format."""
