@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,30 +26,47 @@ VOCABULARY, PREFILL, DECODED, BEHIND = 32000, 512, 128, 64
 FOLDER = Path("outputs/engine-benchmark")
 
 
+@dataclass(frozen=True)
+class LlamaShape:
+    """A Llama: its widths and counts, the longest text, the vocabulary."""
+
+    width: int
+    inside: int
+    layers: int
+    heads: int
+    context: int = 4096
+    vocabulary: int = VOCABULARY
+
+
 def model_file(name: str, kind: str) -> Path:
     """A GGUF file of a shape and type; the codes of one shape are the same in every type."""
     path = FOLDER / f"{name}-{kind}.gguf"
-    if path.exists():
-        return path
+    if not path.exists():
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        write_llama(path.with_suffix(".partial"), LlamaShape(*SHAPES[name]), kind)
+        path.with_suffix(".partial").rename(path)
+    return path
+
+
+def write_llama(path: Path, shape: LlamaShape, kind: str) -> None:
+    """A Llama of random ternary weights as GGUF."""
     import gguf
 
     from limbeck.kernels import reference
 
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    width, inside, layers, heads = SHAPES[name]
-    rng = np.random.default_rng(0)
-    writer = gguf.GGUFWriter(path.with_suffix(".partial"), "llama")
-    writer.add_block_count(layers)
-    writer.add_context_length(4096)
+    width, inside = shape.width, shape.inside
+    rng, types = np.random.default_rng(0), gguf.GGMLQuantizationType
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(shape.layers)
+    writer.add_context_length(shape.context)
     writer.add_embedding_length(width)
     writer.add_feed_forward_length(inside)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(heads)
+    writer.add_head_count(shape.heads)
+    writer.add_head_count_kv(shape.heads)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(VOCABULARY)
-    writer.add_rope_dimension_count(width // heads)
+    writer.add_vocab_size(shape.vocabulary)
+    writer.add_rope_dimension_count(width // shape.heads)
     writer.add_tokenizer_model("no_vocab")
-    types = gguf.GGMLQuantizationType
 
     def ternary(tensor: str, rows: int, columns: int) -> None:
         codes = rng.integers(-1, 2, (rows, columns), dtype=np.int8)
@@ -57,9 +75,9 @@ def model_file(name: str, kind: str) -> Path:
         scales = np.full((rows, columns // block), scale, np.float16).view(np.uint16)
         writer.add_tensor(tensor, reference.pack_blocks(kind, codes, scales), raw_dtype=getattr(types, kind.upper()))
 
-    table = rng.normal(0.0, 0.02, (VOCABULARY, width)).astype(np.float32)
+    table = rng.normal(0.0, 0.02, (shape.vocabulary, width)).astype(np.float32)
     writer.add_tensor("token_embd.weight", gguf.quants.quantize(table, types.Q8_0), raw_dtype=types.Q8_0)
-    for layer in range(layers):
+    for layer in range(shape.layers):
         stem = f"blk.{layer}."
         for norm in ("attn_norm", "ffn_norm"):
             writer.add_tensor(f"{stem}{norm}.weight", np.ones(width, np.float32))
@@ -73,8 +91,6 @@ def model_file(name: str, kind: str) -> Path:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    path.with_suffix(".partial").rename(path)
-    return path
 
 
 # -- one timing, in a process of its own ----------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from common import arguments, report
+from engine import LlamaShape, write_llama
 from limbeck.kernels import native
 
 WIDTHS = {"10M": (256, 8), "30M": (512, 8), "100M": (768, 14), "300M": (1280, 16), "1B": (2048, 20)}  # width, layers
@@ -28,46 +29,10 @@ VOCABULARY = 4096
 
 def llama_file(folder: Path, name: str) -> Path:
     """A Llama of random ternary weights."""
-    import gguf
-
     width, layers = WIDTHS[name]
-    inside, types = width * 7 // 2 // 256 * 256, gguf.GGMLQuantizationType
-    path = folder / f"{name}.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(layers)
-    writer.add_context_length(131072)
-    writer.add_embedding_length(width)
-    writer.add_feed_forward_length(inside)
-    writer.add_head_count(width // 64)
-    writer.add_head_count_kv(width // 64)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_tokenizer_model("no_vocab")
-    rng = np.random.default_rng(0)
-    digits = np.arange(81)[:, None] // np.array([1, 3, 9, 27]) % 3  # every byte of four codes
-    bytes_of_codes = (digits << np.array([0, 2, 4, 6])).sum(axis=1).astype(np.uint8)
-
-    def ternary(tensor: str, rows: int, columns: int) -> None:
-        blocks = np.empty((rows, columns // 256, 66), np.uint8)
-        blocks[..., :64] = bytes_of_codes[rng.integers(0, 81, (rows, columns // 256, 64))]
-        blocks[..., 64:] = np.frombuffer(np.float16(0.7 / math.sqrt(columns)).tobytes(), np.uint8)
-        writer.add_tensor(tensor, blocks.reshape(rows, -1), raw_dtype=types.TQ2_0)
-
-    table = rng.normal(0.0, 0.02, (VOCABULARY, width)).astype(np.float32)
-    writer.add_tensor("token_embd.weight", gguf.quants.quantize(table, types.Q8_0), raw_dtype=types.Q8_0)
-    for layer in range(layers):
-        for norm in ("attn_norm", "ffn_norm"):
-            writer.add_tensor(f"blk.{layer}.{norm}.weight", np.ones(width, np.float32))
-        for part in ("attn_q", "attn_k", "attn_v", "attn_output"):
-            ternary(f"blk.{layer}.{part}.weight", width, width)
-        ternary(f"blk.{layer}.ffn_gate.weight", inside, width)
-        ternary(f"blk.{layer}.ffn_up.weight", inside, width)
-        ternary(f"blk.{layer}.ffn_down.weight", width, inside)
-    writer.add_tensor("output_norm.weight", np.ones(width, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    inside = width * 7 // 2 // 256 * 256
+    write_llama(folder / f"{name}.gguf", LlamaShape(width, inside, layers, width // 64, 131072, VOCABULARY), "tq2_0")
+    return folder / f"{name}.gguf"
 
 
 def student_file(folder: Path, name: str) -> Path:

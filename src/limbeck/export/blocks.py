@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from limbeck.errors import LimbeckError
-from limbeck.students.quantizer import pack_codes
+from limbeck.kernels.reference import BLOCKS, pack_blocks
 from limbeck.students.ternary import TernaryTensor
 
 Array = np.ndarray[Any, Any]
@@ -44,13 +43,8 @@ class BlockType:
 
 
 BLOCK_TYPES = {
-    kind.name: kind
-    for kind in (
-        BlockType("tq2_0", 35, 256, 66),
-        BlockType("tq1_0", 34, 256, 54),
-        BlockType("q2_0", 42, 64, 18),
-        BlockType("q4_0", 2, 32, 18),
-    )
+    name: BlockType(name, number, BLOCKS[name].columns, BLOCKS[name].bytes)
+    for name, number in (("tq2_0", 35), ("tq1_0", 34), ("q2_0", 42), ("q4_0", 2))
 }
 
 
@@ -67,40 +61,9 @@ def encode_blocks(tensor: TernaryTensor, kind: BlockType) -> Array:
         raise LimbeckError(f"a weight can not be stored as {kind.name}: {reason}.")
     blocks = columns // kind.columns
     scales = tensor.scales.repeat_interleave(blocks // groups, dim=-1).contiguous()
-    codes = tensor.codes.reshape(*tensor.codes.shape[:-1], blocks, kind.columns)
-    packed = _PACKERS[kind.name](codes)
-    halves = scales.numpy().astype("<f2").view(np.uint8).reshape(*scales.shape, 2)
-    parts = [packed, halves] if kind.name in ("tq2_0", "tq1_0") else [halves, packed]
-    return np.concatenate(parts, axis=-1).reshape(*tensor.codes.shape[:-1], blocks * kind.bytes)
-
-
-def _pack_tq2(codes: torch.Tensor) -> Array:
-    fields = (codes + 1).to(torch.uint8).reshape(*codes.shape[:-1], 2, 4, 32).numpy()
-    shifted = fields << np.array([0, 2, 4, 6], dtype=np.uint8).reshape(4, 1)
-    whole: Array = np.bitwise_or.reduce(shifted, axis=-2)
-    return whole.reshape(*codes.shape[:-1], 64)
-
-
-def _pack_tq1(codes: torch.Tensor) -> Array:
-    """gguf's own base-3 packing of −1, 0, 1 with scale 1; the scale's two bytes are left off."""
-    from gguf import GGMLQuantizationType, quants
-
-    flat = codes.reshape(-1, 256).numpy().astype(np.float32)
-    return quants.quantize(flat, GGMLQuantizationType.TQ1_0)[:, :52].reshape(*codes.shape[:-1], 52)
-
-
-def _pack_q2(codes: torch.Tensor) -> Array:
-    packed: Array = pack_codes(codes).numpy()
-    return packed
-
-
-def _pack_q4(codes: torch.Tensor) -> Array:
-    fields = (codes + 8).to(torch.uint8).numpy()
-    packed: Array = fields[..., :16] | (fields[..., 16:] << 4)
-    return packed
-
-
-_PACKERS = {"tq2_0": _pack_tq2, "tq1_0": _pack_tq1, "q2_0": _pack_q2, "q4_0": _pack_q4}
+    halves = scales.numpy().astype("<f2").view("<u2").reshape(-1, blocks)
+    packed = pack_blocks(kind.name, tensor.codes.reshape(-1, columns).numpy(), halves)
+    return packed.reshape(*tensor.codes.shape[:-1], blocks * kind.bytes)
 
 
 def decode_blocks(data: Array, kind: BlockType, columns: int) -> Array:

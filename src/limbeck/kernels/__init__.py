@@ -10,12 +10,11 @@ the fast one), so what holds for one is tested against the other; `native()` say
 Shapes: M matrices (experts), R rows, C columns, T tokens.
 """
 
+from functools import cache
 from types import ModuleType
 from typing import Any
 
 from limbeck.console import warn
-
-_found: list[Any] = []  # the implementation, once it was looked for
 
 
 def native() -> ModuleType | None:
@@ -27,19 +26,18 @@ def native() -> ModuleType | None:
     return _native
 
 
+@cache
 def implementation() -> Any:
     """The C++ module, or the NumPy one with a warning."""
-    if not _found:
-        found = native()
-        if found is None:
-            from limbeck.kernels import reference as found
+    found = native()
+    if found is None:
+        from limbeck.kernels import reference as found
 
-            warn(
-                "limbeck's C++ kernels are not built, NumPy does their work, slowly. Install a C++17 compiler and "
-                "CMake and install limbeck again (`make kernels` in a checkout)."
-            )
-        _found.append(found)
-    return _found[0]
+        warn(
+            "limbeck's C++ kernels are not built, NumPy does their work, slowly. Install a C++17 compiler and CMake "
+            "and install limbeck again (`make kernels` in a checkout)."
+        )
+    return found
 
 
 def _part_of(name: str) -> Any:

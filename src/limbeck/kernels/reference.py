@@ -58,11 +58,11 @@ def pack_blocks(name: str, codes: Array, scales: Array) -> Array:
         raise ValueError(
             f"scales are {list(scales.shape)} and the codes have {[rows, columns // kind.columns]} blocks."
         )
-    lifted = codes.astype(np.int32).reshape(rows, -1, kind.columns) + kind.offset
-    if lifted.min() < 0 or lifted.max() > kind.most:
-        wrong = int(lifted.max() if lifted.max() > kind.most else lifted.min()) - kind.offset
+    least, largest = int(codes.min()), int(codes.max())
+    if least + kind.offset < 0 or largest + kind.offset > kind.most:
+        wrong = largest if largest + kind.offset > kind.most else least
         raise ValueError(f"a code is {wrong} and {name} holds {-kind.offset} to {kind.most - kind.offset}.")
-    fields = lifted.astype(np.uint8)
+    fields = np.add(codes, kind.offset, dtype=np.int16).astype(np.uint8).reshape(rows, -1, kind.columns)
     if name == "q4_0":
         packed = fields[..., :16] | (fields[..., 16:] << 4)
     elif name == "q8_0":

@@ -79,7 +79,7 @@ class GgufModel:
 
 
 class Line:
-    """A text in work; its memory goes when it does."""
+    """A sequence of the engine: the tokens that it has read, and their cache or state, which go when it does."""
 
     def __init__(self, engine: Any, number: int) -> None:
         self.engine, self.number = engine, number

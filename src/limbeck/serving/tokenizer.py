@@ -4,7 +4,7 @@ The one idea: the file holds tokens, merges or scores, and the name of a splitti
 other words, so it is turned back into one. A rule that is not known is refused: every id after it would be wrong.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from limbeck.console import printable
@@ -68,26 +68,6 @@ class GgufTokenizer:
         """The text of ids, without special tokens."""
         text: str = self._fast.decode(list(ids), skip_special_tokens=True)
         return text
-
-    def pieces(self, ids: Iterator[int], before: Sequence[int] = ()) -> Iterator[str]:
-        """The texts that ids add, one by one; an id that ends in the middle of a character adds nothing yet.
-
-        Args:
-            ids: as they come.
-            before: what stands before them, and decides on a first space.
-        """
-        told, new = list(before), []  # what was told last begins and ends with whole characters
-        shown = len(self.decode(told))
-        for number in ids:
-            new.append(number)
-            text = self.decode([*told, *new])
-            if text.endswith("�"):
-                continue
-            yield text[shown:]
-            told, new = new, []
-            shown = len(self.decode(told))
-        if new:
-            yield self.decode([*told, *new])[shown:]
 
     def _get(self, key: str) -> Any:
         found = self._meta.get(f"tokenizer.ggml.{key}")
@@ -172,3 +152,33 @@ class GgufTokenizer:
         back: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
         fast.decoder = decoders.Sequence([*back, *([decoders.Strip(" ", 1, 0)] if prepends else [])])
         return fast
+
+
+class Detokenizer:
+    """The text that ids add, one by one; an id that ends in the middle of a character adds nothing yet.
+
+    Args:
+        tokenizer: the model's.
+        before: ids that stand before them, and decide on a first space.
+    """
+
+    def __init__(self, tokenizer: GgufTokenizer, before: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._told: list[int] = list(before)  # what was told last begins and ends with whole characters
+        self._new: list[int] = []
+        self._shown = len(tokenizer.decode(self._told))
+
+    def add(self, number: int) -> str:
+        """What an id adds."""
+        self._new.append(number)
+        text = self._tokenizer.decode([*self._told, *self._new])
+        if text.endswith("\ufffd"):
+            return ""
+        added = text[self._shown :]
+        self._told, self._new = self._new, []
+        self._shown = len(self._tokenizer.decode(self._told))
+        return added
+
+    def rest(self) -> str:
+        """What is left of a text that ends within a character."""
+        return self._tokenizer.decode([*self._told, *self._new])[self._shown :] if self._new else ""

@@ -11,6 +11,7 @@ from limbeck.serving.sampling import Sampling
 from limbeck.serving.scheduler import Job, Scheduler, Written
 from limbeck.serving.server.schema import SamplingBody
 from limbeck.serving.server.texts import Piece, TextAssembler
+from limbeck.serving.tokenizer import Detokenizer
 
 
 class UnservableRequest(Exception):  # noqa: N818 (an answer, not a failure)
@@ -51,7 +52,9 @@ class Run:
         self._queue: asyncio.Queue[tuple[int, Written]] = asyncio.Queue()
         tokenizer = model.tokenizer
         self._texts = [
-            TextAssembler(tokenizer, stops, *(((), len(one.prompt)) if one.echo else (one.prompt[-8:], 0)))
+            TextAssembler(
+                Detokenizer(tokenizer, () if one.echo else one.prompt[-8:]), stops, len(one.prompt) if one.echo else 0
+            )
             for one in wanted
         ]
         self.jobs = [

@@ -1,12 +1,11 @@
 """`limbeck serve`: load, listen, answer until told to stop."""
 
-import signal
 import time
 from pathlib import Path
 from typing import Any
 
 from limbeck.config.engine import EngineConfig, ServerConfig
-from limbeck.console import say, warn
+from limbeck.console import warn
 from limbeck.errors import ConfigError
 from limbeck.serving.model import GgufModel
 from limbeck.teachers.keys import environment_key
@@ -25,10 +24,10 @@ def serve_model(path: Path, config: ServerConfig, engine: EngineConfig) -> dict[
         LimbeckError: the file cannot be loaded or the port is taken.
     """
     try:
-        import uvicorn
+        import uvicorn  # noqa: F401
 
         from limbeck.serving.server.app import ServedModel, create_chat_app
-        from limbeck.teachers.server.run import LOOPBACK, listen_on, uvicorn_settings
+        from limbeck.teachers.server.run import LOOPBACK, listen_on, run_until_stopped, uvicorn_settings
     except ImportError as error:
         raise ConfigError(f"serving needs more packages ({error.name}): `pip install 'limbeck[serve]'`.") from None
     api_key = environment_key(config.api_key_env, "server.api_key_env")
@@ -40,16 +39,6 @@ def serve_model(path: Path, config: ServerConfig, engine: EngineConfig) -> dict[
     name = config.name or path.stem
     served = ServedModel(model, name, config, int(time.time()), engine.batch_tokens)
     facts = f"{model.engine.architecture}, {model.engine.threads} threads, context {served.context or 'without end'}"
-
-    class Server(uvicorn.Server):
-        async def startup(self, sockets: Any = None) -> None:
-            await super().startup(sockets)
-            say(f"serving {name} ({facts}) at {url}")
-
-    server = Server(uvicorn_settings(create_chat_app(served, api_key), config.max_connections, config.drain_seconds))
-    # uvicorn takes the signals over while it runs, and raises them again when it has stopped, which is no error.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: setattr(server, "should_exit", True))
-    server.run(sockets=[bound])
-    say("stopped; nothing is left running")
+    settings = uvicorn_settings(create_chat_app(served, api_key), config.max_connections, config.drain_seconds)
+    run_until_stopped(settings, bound, f"serving {name} ({facts}) at {url}")
     return {"url": url, "model": name}

@@ -1,10 +1,10 @@
 """Tokens of one text as they come, to pieces that may be sent: whole characters, and nothing of a stop string."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from limbeck.serving.scheduler import Written
-from limbeck.serving.tokenizer import GgufTokenizer
+from limbeck.serving.tokenizer import Detokenizer
 
 
 @dataclass
@@ -27,27 +27,20 @@ class TextAssembler:
     """One text.
 
     Args:
-        tokenizer: the model's.
+        decoded: turns its tokens into text.
         stops: strings that end the text and are not sent.
-        before: ids that stand before it.
         unchecked: tokens at its beginning in which no stop string is looked for: an echoed prompt's.
     """
 
-    tokenizer: GgufTokenizer
+    decoded: Detokenizer
     stops: Sequence[str] = ()
-    before: Sequence[int] = ()
     unchecked: int = 0
     _held: str = ""
-    _new: list[int] = field(default_factory=list)
-    _told: list[int] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._told = list(self.before)
 
     def add(self, written: Written) -> Piece:
         """Take a token on; a piece with a reason is the last."""
         if written.token is not None:
-            self._held += self._decoded(written.token)
+            self._held += self.decoded.add(written.token)
         if self.unchecked > 0 and written.reason is None:
             self.unchecked -= 1
             text, self._held = self._held, ""
@@ -57,23 +50,12 @@ class TextAssembler:
             text, self._held = self._held[:found], ""
             return Piece(text, written if written.token is not None else None, "stop")
         if written.reason is not None:
-            if self._new:  # a text that ends within a character
-                self._held += self.tokenizer.decode([*self._told, *self._new])[len(self.tokenizer.decode(self._told)) :]
+            self._held += self.decoded.rest()
             text, self._held = self._held, ""
             return Piece(text, written if written.token is not None else None, written.reason)
         keep = self._possible_stop()
         text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return Piece(text, written)
-
-    def _decoded(self, token: int) -> str:
-        """What a token adds to the text; nothing while a character is not whole."""
-        self._new.append(token)
-        shown = self.tokenizer.decode(self._told)
-        text = self.tokenizer.decode([*self._told, *self._new])
-        if text.endswith("�"):
-            return ""
-        self._told, self._new = self._new, []
-        return text[len(shown) :]
 
     def _stop(self) -> int | None:
         """Where the first stop string begins; None where there is none."""

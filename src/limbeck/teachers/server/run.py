@@ -26,7 +26,7 @@ def serve(section: TeacherConfig, config: TeacherServerConfig, device: str | Non
         LimbeckError: the model cannot be loaded or the port is taken.
     """
     try:
-        import uvicorn
+        import uvicorn  # noqa: F401
 
         from limbeck.teachers.server.app import create_app
     except ImportError as error:
@@ -40,13 +40,25 @@ def serve(section: TeacherConfig, config: TeacherServerConfig, device: str | Non
     url = f"http://{config.host}:{bound.getsockname()[1]}"
     served = load_served(section, config, device)
     app = create_app(served, config, api_key, max_batch_tokens=section.local.max_batch_tokens)
-    settings = uvicorn_settings(app, config.max_connections)
     facts = f"fingerprint {served.fingerprint[:12]}, vocabulary {served.teacher.vocab_size}"
+    run_until_stopped(uvicorn_settings(app, config.max_connections), bound, f"serving {served.name} ({facts}) at {url}")
+    return {"url": url, "model": served.name, "fingerprint": served.fingerprint}
+
+
+def run_until_stopped(settings: Any, bound: socket.socket, ready: str) -> None:
+    """Answer until SIGINT or SIGTERM, with running requests finished.
+
+    Args:
+        settings: of uvicorn.
+        bound: the socket that is listened on.
+        ready: what is said once it answers.
+    """
+    import uvicorn
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: Any = None) -> None:
             await super().startup(sockets)
-            say(f"serving {served.name} ({facts}) at {url}")
+            say(ready)
 
     server = Server(settings)
     # uvicorn takes the signals over while it runs, and raises them again when it has stopped, which is no error.
@@ -54,7 +66,6 @@ def serve(section: TeacherConfig, config: TeacherServerConfig, device: str | Non
         signal.signal(number, lambda *_: setattr(server, "should_exit", True))
     server.run(sockets=[bound])
     say("stopped; nothing is left running")
-    return {"url": url, "model": served.name, "fingerprint": served.fingerprint}
 
 
 def uvicorn_settings(app: Any, max_connections: int, graceful: float = 30.0, **clocks: float) -> Any:
