@@ -55,8 +55,6 @@ constexpr size_t attention_work(size_t width, size_t queries) {
 }
 
 struct Kernels {
-    Level level;
-
     // int8 codes of x `[columns]` with one scale a block, or one for the whole row repeated in each block.
     void (*quantise)(const float* x, size_t columns, size_t block, bool whole_row, int8_t* codes, float* scales,
                      int32_t* sums);

@@ -119,8 +119,8 @@ void some_tokens(const uint8_t* block, size_t blocks, size_t part, const Column*
 
 namespace limbeck {
 
-const Kernels kAvx2Kernels = {Level::avx2, quantise, multiply,   multiply_float, to_float,
-                              to_half,     dot,      add_scaled, rms_norm,       silu_times,
-                              gelu_times,  softmax,  attend,     retention_step, delta_step};
+const Kernels kAvx2Kernels = {quantise, multiply,   multiply_float, to_float,   to_half,
+                              dot,      add_scaled, rms_norm,       silu_times, gelu_times,
+                              softmax,  attend,     retention_step, delta_step};
 
 }  // namespace limbeck

@@ -108,8 +108,8 @@ void some_tokens(const uint8_t* block, size_t blocks, size_t part, const Column*
 
 namespace limbeck {
 
-const Kernels kAvx512Kernels = {Level::avx512, quantise, multiply,   multiply_float, to_float,
-                                to_half,       dot,      add_scaled, rms_norm,       silu_times,
-                                gelu_times,    softmax,  attend,     retention_step, delta_step};
+const Kernels kAvx512Kernels = {quantise, multiply,   multiply_float, to_float,   to_half,
+                                dot,      add_scaled, rms_norm,       silu_times, gelu_times,
+                                softmax,  attend,     retention_step, delta_step};
 
 }  // namespace limbeck

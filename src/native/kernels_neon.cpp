@@ -74,8 +74,8 @@ void some_tokens(const uint8_t* block, size_t blocks, size_t part, const Column*
 
 namespace limbeck {
 
-const Kernels kNeonKernels = {Level::neon, quantise, multiply,   multiply_float, to_float,
-                              to_half,     dot,      add_scaled, rms_norm,       silu_times,
-                              gelu_times,  softmax,  attend,     retention_step, delta_step};
+const Kernels kNeonKernels = {quantise, multiply,   multiply_float, to_float,   to_half,
+                              dot,      add_scaled, rms_norm,       silu_times, gelu_times,
+                              softmax,  attend,     retention_step, delta_step};
 
 }  // namespace limbeck

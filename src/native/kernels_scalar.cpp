@@ -39,8 +39,8 @@ void multiply(const Tiles& tiles, size_t matrix, const Activations& x, const Tok
 
 }  // namespace
 
-const Kernels kScalarKernels = {Level::scalar, quantise, multiply,   multiply_float, to_float,
-                                to_half,       dot,      add_scaled, rms_norm,       silu_times,
-                                gelu_times,    softmax,  attend,     retention_step, delta_step};
+const Kernels kScalarKernels = {quantise, multiply,   multiply_float, to_float,   to_half,
+                                dot,      add_scaled, rms_norm,       silu_times, gelu_times,
+                                softmax,  attend,     retention_step, delta_step};
 
 }  // namespace limbeck

@@ -50,7 +50,6 @@ class Weights::Table {
     Table() = default;
     Table(Weights& weights, const std::string& name, size_t rows, size_t columns);
     void row(size_t number, float* to) const;
-    size_t row_bytes() const { return row_bytes_; }
 
  private:
     const uint8_t* data_ = nullptr;
