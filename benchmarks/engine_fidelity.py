@@ -2,14 +2,16 @@
 
     python benchmarks/engine_fidelity.py outputs/quickstart [--json]
 
-The student is exported anew with its embedding in F16 and in Q8_0; each file runs with every kind of cache. Told are
-the mean distance of logits over their size, the share of equal first choices, and KL(student ‖ engine) in nats.
+The student is exported anew with its embedding in F16 and in Q8_0, and compared with its embedding rounded likewise;
+each file runs with every kind of cache. Told are the mean distance of logits over their size, the share of equal first
+choices, and KL(student ‖ engine) in nats.
 """
 
 import sys
 import tempfile
 from pathlib import Path
 
+import gguf
 import torch
 
 from common import arguments, report
@@ -43,13 +45,19 @@ def main() -> int:
     folder = given.run / "student" / "final"
     held_out = PackedDataset(given.run / "data", "validation", ROWS)
     rows = [held_out[number]["input_ids"][:LENGTH] for number in range(len(held_out))]
-    student = load_causal_lm(str(folder), dtype="float32").eval()
-    wanted = [student(input_ids=ids[None], use_cache=False).logits[0] for ids in rows]
     found: dict = {"positions": sum(map(len, rows))}
     with tempfile.TemporaryDirectory() as place:
         for embedding in ("f16", "q8_0"):
             path = Path(place) / f"{embedding}.gguf"
             GGUFExport(folder, "auto", embedding).write(path)
+            student = load_causal_lm(str(folder), dtype="float32").eval()
+            own = [student(input_ids=ids[None], use_cache=False).logits[0] for ids in rows]
+            table = student.get_input_embeddings().weight
+            kind = getattr(gguf.GGMLQuantizationType, embedding.upper())
+            rounded = gguf.quants.dequantize(gguf.quants.quantize(table.detach().numpy(), kind), kind)
+            table.copy_(torch.from_numpy(rounded))
+            wanted = [student(input_ids=ids[None], use_cache=False).logits[0] for ids in rows]
+            found[f"embedding {embedding}, cache f16, from the unrounded student"] = compared(own, rows, path, "f16")
             for cache in ("f32", "f16", "int8"):
                 found[f"embedding {embedding}, cache {cache}"] = compared(wanted, rows, path, cache)
     return report(found, given.json)
